@@ -3,6 +3,17 @@
 //! `reference` reads like the paper; `fast` is what runs. Both implement [`Kernels`]
 //! and pass the same golden vectors.
 
+pub mod codec;
+pub mod philox;
+pub mod projection;
+pub mod select;
+pub(crate) mod simd;
+
+pub use projection::projection;
+pub use select::{
+    PooledSegment, pooled_budget, randk_rows, rows_to_keep, score, select_pooled, select_top_k,
+};
+
 use crate::config::algorithm::{Feedback, ProjectionKind, ValueType};
 use core::ops::Range;
 
@@ -30,43 +41,13 @@ pub struct SketchShape {
 
 /// How values become bytes: the type and, for int8 and int4, the number of values per scale.
 ///
-/// Layout (little endian): f32/bf16/f16 are arrays. int8/int4: an f16... see `codec`.
+/// The layout, what each type loses and what happens at the ends of the range are in [`codec`].
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct ValueCodec {
     /// Wire type.
     pub value_type: ValueType,
     /// Values that share a scale (int8, int4).
     pub quant_block: usize,
-}
-
-impl ValueCodec {
-    /// Encoded bytes of `values` values. Exact: receivers check lengths by it.
-    #[must_use]
-    pub fn encoded_bytes(&self, values: usize) -> usize {
-        let _ = values;
-        todo!()
-    }
-
-    /// Appends the encoding of `values` to `out`.
-    pub fn encode(&self, values: &[f32], out: &mut Vec<u8>) {
-        let _ = (values, out);
-        todo!()
-    }
-
-    /// Decodes exactly `out.len()` values. `bytes.len()` must be `encoded_bytes(out.len())`.
-    ///
-    /// # Panics
-    /// If the lengths disagree; the wire checks them first.
-    pub fn decode(&self, bytes: &[u8], out: &mut [f32]) {
-        let _ = (bytes, out);
-        todo!()
-    }
-
-    /// `acc[i] += decoded[i]`, the shard's hot loop (no intermediate buffer).
-    pub fn decode_add(&self, bytes: &[u8], acc: &mut [f32]) {
-        let _ = (bytes, acc);
-        todo!()
-    }
 }
 
 /// Feedback state of one tensor on one worker; f32 whatever the gradient's type.
@@ -91,6 +72,48 @@ pub struct TensorState {
     pub global: Vec<f32>,
 }
 
+impl TensorState {
+    /// The state before the first round: zeros where the rule keeps anything.
+    #[must_use]
+    pub fn new(feedback: Feedback, rows: usize, width: usize) -> Self {
+        let zeros = |needed: bool| {
+            if needed {
+                vec![0.0; rows * width]
+            } else {
+                Vec::new()
+            }
+        };
+        let estimate = matches!(feedback, Feedback::Ef21 | Feedback::Ef21m);
+        Self {
+            feedback,
+            rows,
+            width,
+            residual: zeros(feedback == Feedback::Ef14),
+            momentum: zeros(feedback == Feedback::Ef21m),
+            local: zeros(estimate),
+            global: zeros(estimate),
+        }
+    }
+
+    /// State of a tensor that always travels whole (1-D or small), seen as `elements` rows of width 1.
+    ///
+    /// Nothing is left unsent, so an exact wire needs no state. A lossy one loses the rounding, which is part of C
+    /// (trap 10): an ef14 residual catches it whatever the job's rule, unless that is `none`.
+    #[must_use]
+    pub fn for_dense_tensor(feedback: Feedback, elements: usize, wire_dense: ValueCodec) -> Self {
+        let needed = feedback != Feedback::None && wire_dense.is_lossy();
+        Self::new(
+            if needed {
+                Feedback::Ef14
+            } else {
+                Feedback::None
+            },
+            elements,
+            1,
+        )
+    }
+}
+
 /// Parameters of the feedback rule.
 #[derive(Clone, Copy, PartialEq, Debug)]
 pub struct FeedbackParams {
@@ -106,25 +129,94 @@ pub struct FeedbackParams {
 /// 1. [`Kernels::input`] turns the gradient buffer into U, where A = U − h (h = 0 for none and ef14):
 ///    ef14: U = g + decay·e; ef21: U = g; ef21m: U = (1−η)v + ηg. State is **not** changed: a round that
 ///    is skipped (trap 6) just forgets U.
-/// 2. [`Kernels::sketch`] P = A V / √r.
+/// 2. [`Kernels::sketch`] P = A V / √r. (topk: [`Kernels::energy`] instead.)
 /// 3. [`Kernels::gather`] encodes A[I,:].
 /// 4. [`Kernels::commit`] changes the state and replaces the buffer by the result.
+///    (topk: [`Kernels::commit_own_rows`], whose result rows differ from the sent ones.)
 ///
-/// In a dense round A is U for ef14/none, and g for ef21/ef21m (the estimate restarts: v = h = sent, H = mean).
+/// In a dense round all rows travel, and A is U for ef14/none, and g for ef21/ef21m (the estimate restarts:
+/// v = g, h = sent, H = mean; without rounding on the wire v = h).
+///
+/// A worker that missed a round ("did not count") keeps everything under ef14: e = U. Under ef21/ef21m it moves h by the
+/// mean that it learned of (a dense round: h = mean), which keeps H = mean hᵢ over all live workers.
+///
+/// Results are the same bits for every implementation of the machine's vector width and for every number of threads.
+///
+/// # Panics
+/// All methods: if a slice is shorter than the state's shape or the rows ask for, or `selected` leaves `rows`.
 pub trait Kernels: Send + Sync {
     /// Step 1, for rows `rows`; `buffer` is the whole tensor (m·n, padded). `dense_round` as above.
     /// Returns false if any element of U is NaN or infinite.
-    fn input(&self, state: &TensorState, params: FeedbackParams, dense_round: bool, buffer: &mut [f32], rows: Range<usize>) -> bool;
+    fn input(
+        &self,
+        state: &TensorState,
+        params: FeedbackParams,
+        dense_round: bool,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+    ) -> bool;
 
-    /// Step 2: writes `rows.len() × r` sketch entries.
-    fn sketch(&self, state: &TensorState, shape: SketchShape, key: ProjectionKey, buffer: &[f32], rows: Range<usize>, out: &mut [f32]);
+    /// Step 2: writes `rows.len() × r` sketch entries. Sparse rounds only.
+    fn sketch(
+        &self,
+        state: &TensorState,
+        shape: SketchShape,
+        key: ProjectionKey,
+        buffer: &[f32],
+        rows: Range<usize>,
+        out: &mut [f32],
+    );
+
+    /// Step 2 of topk: writes ‖A_j‖² of every row of `rows`, to be handed to [`select_top_k`]. Sparse rounds only.
+    fn energy(&self, state: &TensorState, buffer: &[f32], rows: Range<usize>, out: &mut [f64]);
 
     /// Step 3: appends the encoding of A[selected,:] (absolute row numbers), row after row as one array.
-    fn gather(&self, state: &TensorState, dense_round: bool, buffer: &[f32], selected: &[u32], codec: ValueCodec, out: &mut Vec<u8>);
+    /// In a dense round `selected` must list every row of the segment.
+    fn gather(
+        &self,
+        state: &TensorState,
+        dense_round: bool,
+        buffer: &[f32],
+        selected: &[u32],
+        codec: ValueCodec,
+        out: &mut Vec<u8>,
+    );
 
-    /// Step 4 for rows `rows`, of which `selected` (absolute, ascending) were sent.
+    /// Step 4 for rows `rows`, of which `selected` (absolute, ascending) were sent; in a dense round `selected` is
+    /// not looked at, since all of them were.
     /// `sent`: what this worker sent, as encoded by `gather` with `codec_up`; `None` if it did not count.
     /// `mean`: the decoded mean of the selected rows.
-    #[allow(clippy::too_many_arguments, reason = "one call per segment; a struct would only rename them")]
-    fn commit(&self, state: &mut TensorState, dense_round: bool, buffer: &mut [f32], rows: Range<usize>, selected: &[u32], sent: Option<&[u8]>, codec_up: ValueCodec, mean: &[f32]);
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call per segment; a struct would only rename them"
+    )]
+    fn commit(
+        &self,
+        state: &mut TensorState,
+        dense_round: bool,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+        selected: &[u32],
+        sent: Option<&[u8]>,
+        codec_up: ValueCodec,
+        mean: &[f32],
+    );
+
+    /// Step 4 of topk (sparse rounds): this worker sent the rows `selected`, the mean came for the rows
+    /// `mean_rows` (the union over workers); both absolute and ascending. Otherwise as [`Kernels::commit`].
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "one call per segment; a struct would only rename them"
+    )]
+    fn commit_own_rows(
+        &self,
+        state: &mut TensorState,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+        selected: &[u32],
+        sent: Option<&[u8]>,
+        codec_up: ValueCodec,
+        mean_rows: &[u32],
+        mean: &[f32],
+    );
 }

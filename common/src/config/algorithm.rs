@@ -180,10 +180,14 @@ impl AlgorithmConfig {
         }
         let since = update - self.warmup_updates;
         if since >= self.ramp_updates {
-            return RoundKind::Sparse { density: self.density };
+            return RoundKind::Sparse {
+                density: self.density,
+            };
         }
         // Geometric, so that each update multiplies the bytes by the same factor.
         let t = (since + 1) as f32 / (self.ramp_updates + 1) as f32;
-        RoundKind::Sparse { density: self.density.powf(t).min(1.0) }
+        RoundKind::Sparse {
+            density: self.density.powf(t).min(1.0),
+        }
     }
 }
