@@ -1,5 +1,6 @@
 //! What is computed: every setting that must be equal on all workers and shards of a job.
 
+use crate::compress::ValueCodec;
 use serde::{Deserialize, Serialize};
 
 /// How a compressible tensor is thinned out before it travels.
@@ -178,16 +179,54 @@ impl AlgorithmConfig {
         if self.compressor == Compressor::Dense || update < self.warmup_updates || ef21_start {
             return RoundKind::Dense;
         }
-        let since = update - self.warmup_updates;
+        RoundKind::Sparse {
+            density: self.density_at(update, self.density),
+        }
+    }
+
+    /// Density at update number `update` of tensors whose density after the ramp is `density` (the job's or
+    /// their own). Sparse rounds only; during the warm-up it is 1.
+    #[must_use]
+    pub fn density_at(&self, update: u64, density: f32) -> f32 {
+        let Some(since) = update.checked_sub(self.warmup_updates) else {
+            return 1.0;
+        };
         if since >= self.ramp_updates {
-            return RoundKind::Sparse {
-                density: self.density,
-            };
+            return density;
         }
         // Geometric, so that each update multiplies the bytes by the same factor.
         let t = (since + 1) as f32 / (self.ramp_updates + 1) as f32;
-        RoundKind::Sparse {
-            density: self.density.powf(t).min(1.0),
+        density.powf(t).min(1.0)
+    }
+
+    /// How compressed rows travel up.
+    #[must_use]
+    pub fn codec_up(&self) -> ValueCodec {
+        self.codec(self.wire_up)
+    }
+
+    /// How the mean of compressed rows travels down.
+    #[must_use]
+    pub fn codec_down(&self) -> ValueCodec {
+        self.codec(self.wire_down)
+    }
+
+    /// How sketches travel.
+    #[must_use]
+    pub fn codec_sketch(&self) -> ValueCodec {
+        self.codec(self.wire_sketch)
+    }
+
+    /// How dense tensors and dense rounds travel, both ways.
+    #[must_use]
+    pub fn codec_dense(&self) -> ValueCodec {
+        self.codec(self.wire_dense)
+    }
+
+    fn codec(&self, value_type: ValueType) -> ValueCodec {
+        ValueCodec {
+            value_type,
+            quant_block: self.quant_block as usize,
         }
     }
 }

@@ -96,6 +96,19 @@ pub struct Plan {
     pub buckets: Vec<BucketPlan>,
 }
 
+/// Rows K that travel of `rows` rows at `density`: max(1, ⌈density·rows⌉), at most `rows`.
+///
+/// A density such as 0.2 has no exact f32; one part in 10⁷ is taken off the product before it is rounded up, so
+/// that 0.2 of 5 rows is 1 row and not 2.
+#[must_use]
+pub fn rows_kept(density: f32, rows: usize) -> usize {
+    if density >= 1.0 {
+        return rows;
+    }
+    let exact = f64::from(density) * rows as f64;
+    ((exact * (1.0 - 1e-7)).ceil() as usize).clamp(1, rows.max(1))
+}
+
 impl Segment {
     /// Rows of the range.
     #[must_use]

@@ -11,7 +11,26 @@
 //! | topk | Sparse: (rows, values)… ‖ dense tensors | SparseMean: likewise | | |
 //! | dense round | Dense: all segments | DenseMean | | |
 //!
-//! Bodies are segments in plan order: first all sparse segments, then all dense ones.
+//! Bodies are segments in plan order: first all sparse segments, then all dense ones ([`RoundShape`] has every
+//! body's layout and decides the phases). A shard that owns only dense tensors of a bucket holds a dense round
+//! whatever the compressor; one that owns nothing of it holds none.
+//!
+//! Everything received is read by bounded readers: a length is compared with its limit and with the bytes that
+//! are there before anything is allocated, and what is not the one canonical encoding is refused ([`WireError`]).
+
+mod codec;
+mod control;
+mod error;
+mod header;
+mod plan_spec;
+mod round;
+mod selection;
+
+pub use control::{MAX_DETAIL_BYTES, MAX_HOST_BYTES, MAX_JOB_BYTES, MAX_WORLD};
+pub use error::{Blame, WireError};
+pub use plan_spec::{MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, encode_plan_spec};
+pub use round::{Direction, Layout, Phase, RoundShape, SegmentShape, SelectedRows};
+pub use selection::{append_selection, decode_selection, encode_selection, selection_limit};
 
 use crate::ids::{BucketId, Epoch, Rank, Step};
 use crate::plan::PlanSpec;

@@ -1,0 +1,123 @@
+//! The 32 bytes in front of every round body.
+//!
+//! | offset | bytes | field |
+//! |---|---|---|
+//! | 0 | 1 | kind, [`FrameKind`] |
+//! | 1 | 1 | flags: bit 0 `non_finite`, bit 1 `counted`, others zero |
+//! | 2 | 2 | bucket |
+//! | 4 | 4 | epoch |
+//! | 8 | 8 | step |
+//! | 16 | 8 | update |
+//! | 24 | 4 | body bytes, at most [`MAX_BODY_BYTES`]; zero if `non_finite` |
+//! | 28 | 4 | zero |
+
+use super::codec::{Reader, Writer};
+use super::{FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, MAX_BODY_BYTES, WireError};
+use crate::ids::{BucketId, Epoch, Step};
+
+const NON_FINITE: u8 = 1;
+const COUNTED: u8 = 2;
+
+impl FrameKind {
+    /// All kinds, in the order of their numbers.
+    pub const ALL: [Self; 8] = [
+        Self::Sketch,
+        Self::Selection,
+        Self::Values,
+        Self::Mean,
+        Self::Dense,
+        Self::DenseMean,
+        Self::Sparse,
+        Self::SparseMean,
+    ];
+
+    /// Whether shards send it (false: workers do).
+    #[must_use]
+    pub fn is_down(self) -> bool {
+        (self as u8).is_multiple_of(2)
+    }
+
+    fn from_wire(value: u8) -> Result<Self, WireError> {
+        let index = usize::from(value).wrapping_sub(1);
+        Self::ALL.get(index).copied().ok_or(WireError::Unknown {
+            what: "frame kind",
+            value: u64::from(value),
+        })
+    }
+}
+
+impl FrameHeader {
+    /// The header's bytes.
+    #[must_use]
+    pub fn encode(&self) -> [u8; HEADER_BYTES] {
+        let mut bytes = Vec::with_capacity(HEADER_BYTES);
+        let mut w = Writer(&mut bytes);
+        w.u8(self.kind as u8);
+        w.u8(u8::from(self.flags.non_finite) * NON_FINITE + u8::from(self.flags.counted) * COUNTED);
+        w.u16(self.bucket.0);
+        w.u32(self.epoch.0);
+        w.u64(self.step.0);
+        w.u64(self.update);
+        w.u32(self.body_bytes);
+        w.u32(0);
+        bytes
+            .try_into()
+            .expect("the fields above add up to HEADER_BYTES")
+    }
+
+    /// Reads a header.
+    ///
+    /// # Errors
+    /// An unknown kind or flag, reserved bytes that are not zero, a body above [`MAX_BODY_BYTES`], or a
+    /// body announced together with `non_finite`.
+    pub fn decode(bytes: &[u8; HEADER_BYTES]) -> Result<Self, WireError> {
+        let mut r = Reader(bytes);
+        let kind = FrameKind::from_wire(r.u8("frame kind")?)?;
+        let flags = r.u8("frame flags")?;
+        if flags & !(NON_FINITE | COUNTED) != 0 {
+            return Err(WireError::Unknown {
+                what: "frame flags",
+                value: u64::from(flags),
+            });
+        }
+        let flags = FrameFlags {
+            non_finite: flags & NON_FINITE != 0,
+            counted: flags & COUNTED != 0,
+        };
+        let bucket = BucketId(r.u16("bucket")?);
+        let epoch = Epoch(r.u32("epoch")?);
+        let step = Step(r.u64("step")?);
+        let update = r.u64("update")?;
+        let body_bytes = r.u32("body bytes")?;
+        let reserved = r.u32("reserved bytes")?;
+        r.finish("frame header")?;
+        if reserved != 0 {
+            return Err(WireError::Unknown {
+                what: "reserved header bytes",
+                value: u64::from(reserved),
+            });
+        }
+        if body_bytes as usize > MAX_BODY_BYTES {
+            return Err(WireError::TooLong {
+                what: "body bytes",
+                value: u64::from(body_bytes),
+                limit: MAX_BODY_BYTES as u64,
+            });
+        }
+        if flags.non_finite && body_bytes != 0 {
+            return Err(WireError::Invalid {
+                what: "body bytes",
+                rule: "a non-finite frame has no body",
+            });
+        }
+        Ok(Self {
+            kind,
+            flags,
+            bucket,
+            epoch,
+            step,
+            update,
+            body_bytes,
+        })
+    }
+}
