@@ -4,8 +4,11 @@
 //! and pass the same golden vectors.
 
 pub mod codec;
+pub mod fast;
 pub mod philox;
 pub mod projection;
+pub mod reference;
+pub mod round;
 pub mod select;
 pub(crate) mod simd;
 

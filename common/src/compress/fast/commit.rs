@@ -1,0 +1,201 @@
+//! The end of a round: feedback state and result in one pass over the rows.
+
+use super::{PARALLEL_FROM, rows_per_chunk};
+use crate::compress::TensorState;
+use crate::config::algorithm::Feedback;
+use core::ops::Range;
+use rayon::prelude::*;
+
+/// Values of some rows of a tensor: ascending absolute row numbers, and `width` values each.
+#[derive(Clone, Copy)]
+pub(super) struct Rows<'a> {
+    pub(super) numbers: &'a [u32],
+    pub(super) values: &'a [f32],
+    pub(super) width: usize,
+}
+
+impl<'a> Rows<'a> {
+    fn check(&self, rows: &Range<usize>) {
+        assert_eq!(
+            self.values.len(),
+            self.numbers.len() * self.width,
+            "values of the rows"
+        );
+        assert!(self.numbers.is_sorted(), "rows ascend");
+        let inside = self
+            .numbers
+            .first()
+            .is_none_or(|r| *r as usize >= rows.start)
+            && self.numbers.last().is_none_or(|r| (*r as usize) < rows.end);
+        assert!(inside, "rows lie in the segment");
+    }
+
+    /// Those that lie in `rows`, as (elements relative to the first of `rows`, values).
+    fn within(self, rows: Range<usize>) -> impl Iterator<Item = (Range<usize>, &'a [f32])> {
+        let from = self.numbers.partition_point(|r| (*r as usize) < rows.start);
+        let to = self.numbers.partition_point(|r| (*r as usize) < rows.end);
+        let values = self.values[from * self.width..to * self.width].chunks_exact(self.width);
+        self.numbers[from..to]
+            .iter()
+            .zip(values)
+            .map(move |(row, values)| {
+                let start = (*row as usize - rows.start) * self.width;
+                (start..start + self.width, values)
+            })
+    }
+}
+
+/// A sparse round's end for the rows `rows`. `sent` is `None` if this worker did not count (or there is no feedback).
+pub(super) fn sparse(
+    state: &mut TensorState,
+    buffer: &mut [f32],
+    rows: Range<usize>,
+    sent: Option<Rows<'_>>,
+    mean: Rows<'_>,
+) {
+    mean.check(&rows);
+    if let Some(sent) = &sent {
+        sent.check(&rows);
+    }
+    let width = state.width;
+    let elements = rows.start * width..rows.end * width;
+    let buffer = &mut buffer[elements.clone()];
+    match state.feedback {
+        Feedback::None => in_chunks(width, &rows, [buffer], |rows, [buffer]| {
+            replace(buffer, rows, mean)
+        }),
+        Feedback::Ef14 => in_chunks(
+            width,
+            &rows,
+            [buffer, &mut state.residual[elements]],
+            |rows, [buffer, e]| {
+                e.copy_from_slice(buffer);
+                for (at, values) in sent.into_iter().flat_map(|sent| sent.within(rows.clone())) {
+                    each(&mut e[at], values, |e, sent| *e -= sent);
+                }
+                replace(buffer, rows, mean);
+            },
+        ),
+        Feedback::Ef21 => {
+            let arrays = [
+                buffer,
+                &mut state.local[elements.clone()],
+                &mut state.global[elements],
+            ];
+            in_chunks(width, &rows, arrays, |rows, [buffer, h, global]| {
+                advance(buffer, h, global, rows, sent.unwrap_or(mean), mean);
+            });
+        }
+        Feedback::Ef21m => {
+            let v = &mut state.momentum[elements.clone()];
+            let arrays = [
+                buffer,
+                &mut state.local[elements.clone()],
+                &mut state.global[elements],
+                v,
+            ];
+            in_chunks(width, &rows, arrays, |rows, [buffer, h, global, v]| {
+                v.copy_from_slice(buffer);
+                advance(buffer, h, global, rows, sent.unwrap_or(mean), mean);
+            });
+        }
+    }
+}
+
+/// The result of none and ef14: the mean where there is one, else zero.
+fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>) {
+    buffer.fill(0.0);
+    for (at, values) in mean.within(rows) {
+        buffer[at].copy_from_slice(values);
+    }
+}
+
+/// h += moved, H += mean, result = H.
+fn advance(
+    buffer: &mut [f32],
+    h: &mut [f32],
+    global: &mut [f32],
+    rows: Range<usize>,
+    moved: Rows<'_>,
+    mean: Rows<'_>,
+) {
+    for (at, values) in moved.within(rows.clone()) {
+        each(&mut h[at], values, |h, x| *h += x);
+    }
+    for (at, values) in mean.within(rows) {
+        each(&mut global[at], values, |h, x| *h += x);
+    }
+    buffer.copy_from_slice(global);
+}
+
+fn each(slots: &mut [f32], values: &[f32], f: impl Fn(&mut f32, f32)) {
+    for (slot, x) in slots.iter_mut().zip(values) {
+        f(slot, *x);
+    }
+}
+
+/// A dense round's end for the rows `rows`.
+pub(super) fn dense(
+    state: &mut TensorState,
+    buffer: &mut [f32],
+    rows: Range<usize>,
+    sent: Option<&[f32]>,
+    mean: &[f32],
+) {
+    let elements = rows.start * state.width..rows.end * state.width;
+    assert_eq!(mean.len(), elements.len(), "mean of all rows");
+    let buffer = &mut buffer[elements.clone()];
+    match state.feedback {
+        Feedback::None => {}
+        Feedback::Ef14 => {
+            let e = &mut state.residual[elements];
+            match sent {
+                None => e.copy_from_slice(buffer),
+                Some(sent) => {
+                    for ((e, u), sent) in e.iter_mut().zip(buffer.iter()).zip(sent) {
+                        *e = u - sent;
+                    }
+                }
+            }
+        }
+        Feedback::Ef21 | Feedback::Ef21m => {
+            if state.feedback == Feedback::Ef21m {
+                state.momentum[elements.clone()].copy_from_slice(buffer);
+            }
+            state.local[elements.clone()].copy_from_slice(sent.unwrap_or(mean));
+            state.global[elements].copy_from_slice(mean);
+        }
+    }
+    buffer.copy_from_slice(mean);
+}
+
+/// Cuts `arrays` (the same rows of each) into pieces of whole rows and runs `f` on each, on all threads if it is
+/// worth it. `f` gets the absolute rows of its piece.
+fn in_chunks<const N: usize>(
+    width: usize,
+    rows: &Range<usize>,
+    arrays: [&mut [f32]; N],
+    f: impl Fn(Range<usize>, [&mut [f32]; N]) + Sync,
+) {
+    let per_chunk = rows_per_chunk(width);
+    let large = rows.len() * width >= PARALLEL_FROM;
+    let mut rest = arrays;
+    let mut pieces = Vec::with_capacity(rows.len().div_ceil(per_chunk));
+    for start in rows.clone().step_by(per_chunk) {
+        let chunk = start..(start + per_chunk).min(rows.end);
+        let mut piece = [const { None }; N];
+        rest = std::array::from_fn(|i| {
+            let (head, tail) = std::mem::take(&mut rest[i]).split_at_mut(chunk.len() * width);
+            piece[i] = Some(head);
+            tail
+        });
+        pieces.push((chunk, piece.map(|p| p.expect("filled above"))));
+    }
+    if large {
+        pieces
+            .into_par_iter()
+            .for_each(|(rows, piece)| f(rows, piece));
+    } else {
+        pieces.into_iter().for_each(|(rows, piece)| f(rows, piece));
+    }
+}

@@ -1,0 +1,221 @@
+//! What runs: fused passes, vector instructions chosen at run time, rayon over row chunks of large tensors.
+//!
+//! Bits do not depend on the vector width nor on the number of threads: what is elementwise has one order of
+//! operations, and every sum over a row has [`LANES`] striped partial sums, combined in a fixed tree.
+//! The sketch agrees with `reference` (which sums in f64) within f32 rounding, all else to the bit.
+
+mod commit;
+mod gather;
+mod sketch;
+
+use super::simd::multiversion;
+use super::{FeedbackParams, Kernels, ProjectionKey, SketchShape, TensorState, ValueCodec};
+use crate::config::algorithm::Feedback;
+use core::ops::Range;
+use rayon::prelude::*;
+
+/// Partial sums of a row: lane l holds the columns c with c mod 16 = l.
+const LANES: usize = 16;
+/// Elements per piece of work: with two or three arrays it stays inside a core's second-level cache.
+const CHUNK: usize = 1 << 14;
+/// Below this many elements, handing work to other threads costs more than it saves.
+const PARALLEL_FROM: usize = 1 << 17;
+
+/// [`Kernels`] for daily use on the CPU. Large tensors use the rayon pool that the caller runs in.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Fast;
+
+/// Rows per piece of work.
+fn rows_per_chunk(width: usize) -> usize {
+    (CHUNK / width.max(1)).max(1)
+}
+
+/// h for the rows of `elements`, if A = U − h.
+fn estimate(state: &TensorState, elements: Range<usize>) -> Option<&[f32]> {
+    if state.local.is_empty() {
+        None
+    } else {
+        Some(&state.local[elements])
+    }
+}
+
+impl Kernels for Fast {
+    fn input(
+        &self,
+        state: &TensorState,
+        params: FeedbackParams,
+        dense_round: bool,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+    ) -> bool {
+        let elements = rows.start * state.width..rows.end * state.width;
+        let buffer = &mut buffer[elements.clone()];
+        let (old, new, g): (&[f32], _, _) = match state.feedback {
+            Feedback::Ef14 => (&state.residual[elements], params.decay, 1.0),
+            Feedback::Ef21m if !dense_round => {
+                (&state.momentum[elements], 1.0 - params.eta, params.eta)
+            }
+            Feedback::None | Feedback::Ef21 | Feedback::Ef21m => (&[], 0.0, 1.0),
+        };
+        let blend = |chunk: &mut [f32], old: &[f32]| combine(chunk, old, new, g);
+        match (old.is_empty(), buffer.len() >= PARALLEL_FROM) {
+            (true, false) => finite(buffer),
+            (true, true) => buffer
+                .par_chunks(CHUNK)
+                .map(finite)
+                .reduce(|| true, |a, b| a & b),
+            (false, false) => blend(buffer, old),
+            (false, true) => {
+                let chunks = buffer.par_chunks_mut(CHUNK).zip(old.par_chunks(CHUNK));
+                chunks
+                    .map(|(chunk, old)| blend(chunk, old))
+                    .reduce(|| true, |a, b| a & b)
+            }
+        }
+    }
+
+    fn sketch(
+        &self,
+        state: &TensorState,
+        shape: SketchShape,
+        key: ProjectionKey,
+        buffer: &[f32],
+        rows: Range<usize>,
+        out: &mut [f32],
+    ) {
+        assert_eq!(out.len(), rows.len() * shape.rank, "sketch of the rows");
+        let elements = rows.start * shape.width..rows.end * shape.width;
+        sketch::sketch(
+            &buffer[elements.clone()],
+            estimate(state, elements),
+            shape,
+            key,
+            out,
+        );
+    }
+
+    fn energy(&self, state: &TensorState, buffer: &[f32], rows: Range<usize>, out: &mut [f64]) {
+        assert_eq!(out.len(), rows.len(), "energy of the rows");
+        let elements = rows.start * state.width..rows.end * state.width;
+        sketch::energy(
+            &buffer[elements.clone()],
+            estimate(state, elements),
+            state.width,
+            out,
+        );
+    }
+
+    fn gather(
+        &self,
+        state: &TensorState,
+        dense_round: bool,
+        buffer: &[f32],
+        selected: &[u32],
+        codec: ValueCodec,
+        out: &mut Vec<u8>,
+    ) {
+        let estimate = if dense_round || state.local.is_empty() {
+            None
+        } else {
+            Some(&state.local[..])
+        };
+        gather::gather(
+            gather::Source {
+                values: buffer,
+                estimate,
+                width: state.width,
+                codec,
+            },
+            selected,
+            out,
+        );
+    }
+
+    fn commit(
+        &self,
+        state: &mut TensorState,
+        dense_round: bool,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+        selected: &[u32],
+        sent: Option<&[u8]>,
+        codec_up: ValueCodec,
+        mean: &[f32],
+    ) {
+        if dense_round {
+            let sent = sent.map(|bytes| decoded(codec_up, bytes, rows.len() * state.width));
+            commit::dense(state, buffer, rows, sent.as_deref(), mean);
+        } else {
+            self.commit_own_rows(
+                state, buffer, rows, selected, sent, codec_up, selected, mean,
+            );
+        }
+    }
+
+    fn commit_own_rows(
+        &self,
+        state: &mut TensorState,
+        buffer: &mut [f32],
+        rows: Range<usize>,
+        selected: &[u32],
+        sent: Option<&[u8]>,
+        codec_up: ValueCodec,
+        mean_rows: &[u32],
+        mean: &[f32],
+    ) {
+        let width = state.width;
+        // Without feedback nobody asks what was sent.
+        let wanted = state.feedback != Feedback::None;
+        let values = sent
+            .filter(|_| wanted)
+            .map(|bytes| decoded(codec_up, bytes, selected.len() * width));
+        let sent = values.as_deref().map(|values| commit::Rows {
+            numbers: selected,
+            values,
+            width,
+        });
+        commit::sparse(
+            state,
+            buffer,
+            rows,
+            sent,
+            commit::Rows {
+                numbers: mean_rows,
+                values: mean,
+                width,
+            },
+        );
+    }
+}
+
+fn decoded(codec: ValueCodec, bytes: &[u8], values: usize) -> Vec<f32> {
+    let mut out = vec![0.0; values];
+    codec.decode(bytes, &mut out);
+    out
+}
+
+multiversion! {
+/// Whether no element is NaN or infinite.
+fn finite(values: &[f32]) -> bool {
+    let mut largest = 0u32;
+    for x in values {
+        largest = largest.max(x.to_bits() & 0x7fff_ffff);
+    }
+    largest < f32::INFINITY.to_bits()
+}
+}
+
+multiversion! {
+/// `values[i] ← g·values[i] + new·old[i]`, written so that a factor of 1 is exact. Returns whether all is finite.
+fn combine(values: &mut [f32], old: &[f32], new: f32, g: f32) -> bool {
+    let mut largest = 0u32;
+    for (x, old) in values.iter_mut().zip(old) {
+        *x = new * old + g * *x;
+        largest = largest.max(x.to_bits() & 0x7fff_ffff);
+    }
+    largest < f32::INFINITY.to_bits()
+}
+}
+
+#[cfg(test)]
+mod tests;
