@@ -1,5 +1,6 @@
 //! What is computed: every setting that must be equal on all workers and shards of a job.
 
+use super::setting::{SettingError, check_density, require};
 use crate::compress::ValueCodec;
 use serde::{Deserialize, Serialize};
 
@@ -85,48 +86,74 @@ pub enum ValueType {
 }
 
 /// Every setting that decides the result. Part of the plan and of its hash.
-#[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
+///
+/// The same names serve as flags (`--sketch-rank`), environment (`ARC_SKETCH_RANK`) and TOML keys (`sketch_rank`).
+#[derive(Clone, PartialEq, Debug, Serialize, Deserialize, clap::Args)]
 #[serde(default, deny_unknown_fields)]
+#[command(next_help_heading = "Algorithm (must be equal on all workers)")]
 pub struct AlgorithmConfig {
-    /// How a compressible tensor is thinned out.
+    /// How a compressible tensor is thinned out before it travels.
+    #[arg(long, env = "ARC_COMPRESSOR", value_enum, default_value_t = Self::default().compressor)]
     pub compressor: Compressor,
-    /// What becomes of what was not sent.
+    /// What becomes of the part of a gradient that was not sent. ef14 trains best with adaptive optimizers.
+    #[arg(long, env = "ARC_FEEDBACK", value_enum, default_value_t = Self::default().feedback)]
     pub feedback: Feedback,
-    /// Start of ef21 and ef21m.
+    /// How ef21 and ef21m start: from one dense round, or from zeros.
+    #[arg(long, env = "ARC_INIT", value_enum, default_value_t = Self::default().init)]
     pub init: Init,
-    /// Momentum η of ef21m, in (0, 1].
+    /// Momentum η of ef21m, in (0, 1]: weight of the newest gradient. 1 is ef21.
+    #[arg(long, env = "ARC_ETA", default_value_t = Self::default().eta)]
     pub eta: f32,
-    /// Factor applied to ef14's residual each step, in (0, 1]; 1 is the paper's.
+    /// Factor on ef14's residual in each step, in (0, 1]. 1 is the paper's; 0.95 forgets old gradients, which helps at
+    /// low densities and high learning rates.
+    #[arg(long, env = "ARC_FEEDBACK_DECAY", default_value_t = Self::default().feedback_decay)]
     pub feedback_decay: f32,
-    /// Density μ: share of the rows that travel, in (0, 1].
+    /// Density μ: share of a tensor's rows that travel in each step, in (0, 1]. Bytes are proportional to it. Lower it
+    /// for slow links; below 0.05 training lags visibly.
+    #[arg(long, env = "ARC_DENSITY", default_value_t = Self::default().density)]
     pub density: f32,
-    /// Rank r of the sketch, 1..=64.
+    /// Rank r of the sketch that chooses the rows, 1..=64. Costs r values per row.
+    #[arg(long, env = "ARC_SKETCH_RANK", default_value_t = Self::default().sketch_rank)]
     pub sketch_rank: u16,
-    /// Distribution of the projection.
+    /// Distribution of the sketch's projection. Signs are never worse than Gaussian entries.
+    #[arg(long, env = "ARC_PROJECTION", value_enum, default_value_t = Self::default().projection)]
     pub projection: ProjectionKind,
-    /// How rows compete.
+    /// How rows compete for the budget: within their tensor, or within their bucket.
+    #[arg(long, env = "ARC_SELECTION", value_enum, default_value_t = Self::default().selection)]
     pub selection: SelectionPolicy,
-    /// Rows of this many elements instead of the tensor's own; 0 keeps the tensor's own view.
+    /// Rows of this many elements instead of the tensor's own; 0 keeps the tensor's own view. Finer rows capture more
+    /// energy at the same density and cost a larger sketch.
+    #[arg(long, env = "ARC_BLOCK_WIDTH", default_value_t = Self::default().block_width)]
     pub block_width: u32,
-    /// Tensors with fewer elements are dense, as are 1-D tensors.
+    /// Tensors with fewer elements are averaged whole, as are all 1-D tensors.
+    #[arg(long, env = "ARC_DENSE_BELOW_ELEMENTS", default_value_t = Self::default().dense_below_elements)]
     pub dense_below_elements: u32,
-    /// Type of the values that workers push.
+    /// Type of the values that workers push. What rounding loses goes into the feedback state.
+    #[arg(long, env = "ARC_WIRE_UP", value_enum, default_value_t = Self::default().wire_up)]
     pub wire_up: ValueType,
     /// Type of the mean that shards return.
+    #[arg(long, env = "ARC_WIRE_DOWN", value_enum, default_value_t = Self::default().wire_down)]
     pub wire_down: ValueType,
     /// Type of sketches.
+    #[arg(long, env = "ARC_WIRE_SKETCH", value_enum, default_value_t = Self::default().wire_sketch)]
     pub wire_sketch: ValueType,
-    /// Type of dense tensors and dense rounds, both directions.
+    /// Type of dense tensors and dense rounds, both directions. Their rounding has no feedback: f32 or bf16 is wise.
+    #[arg(long, env = "ARC_WIRE_DENSE", value_enum, default_value_t = Self::default().wire_dense)]
     pub wire_dense: ValueType,
     /// Values that share a scale in int8 and int4, 8..=4096.
+    #[arg(long, env = "ARC_QUANT_BLOCK", default_value_t = Self::default().quant_block)]
     pub quant_block: u32,
-    /// Dense rounds before compression starts, in updates.
+    /// Dense updates before compression starts.
+    #[arg(long, alias = "warmup", env = "ARC_WARMUP_UPDATES", default_value_t = Self::default().warmup_updates)]
     pub warmup_updates: u64,
-    /// Updates over which the density falls geometrically from 1 to `density` after the warm-up; 0 jumps.
+    /// Updates over which the density falls geometrically from 1 to its value after the warm-up; 0 jumps.
+    #[arg(long, alias = "ramp", env = "ARC_RAMP_UPDATES", default_value_t = Self::default().ramp_updates)]
     pub ramp_updates: u64,
-    /// Seed of the projections and of randk's rows.
+    /// Seed of everything random: initial parameters, order of the data, projections, randk's rows.
+    #[arg(long, env = "ARC_SEED", default_value_t = Self::default().seed)]
     pub seed: u64,
-    /// Bucket size in bytes of f32 gradient.
+    /// Bucket size, bytes of f32 gradient: tensors that travel together.
+    #[arg(long, env = "ARC_BUCKET_BYTES", default_value_t = Self::default().bucket_bytes)]
     pub bucket_bytes: u32,
 }
 
@@ -170,6 +197,85 @@ pub enum RoundKind {
 }
 
 impl AlgorithmConfig {
+    /// Checks every range.
+    ///
+    /// # Errors
+    /// The first setting outside its range: its name and value, what is accepted, what to set.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        let share = |v: f32| v > 0.0 && v <= 1.0;
+        check_density(self.density)?;
+        let advice = "it is the weight of the newest gradient in ef21m's average; 0.1 is usual, 1 turns ef21m into ef21";
+        require(
+            share(self.eta),
+            "eta",
+            self.eta,
+            "above 0 and at most 1",
+            advice,
+        )?;
+        let advice =
+            "it scales the residual in each step; 1 loses nothing, 0.95 forgets old gradients";
+        require(
+            share(self.feedback_decay),
+            "feedback_decay",
+            self.feedback_decay,
+            "above 0 and at most 1",
+            advice,
+        )?;
+        let advice = "it is the number of sketch entries per row; 4 is the paper's, more costs bytes for a slightly better choice";
+        require(
+            (1..=64).contains(&self.sketch_rank),
+            "sketch_rank",
+            self.sketch_rank,
+            "1 to 64",
+            advice,
+        )?;
+        let advice = "it is how many int8 or int4 values share a scale; 64 is a good value, smaller is more exact and larger";
+        require(
+            (8..=4096).contains(&self.quant_block),
+            "quant_block",
+            self.quant_block,
+            "8 to 4096",
+            advice,
+        )?;
+        let advice = "a narrower row costs more in sketch than it saves; 0 keeps each tensor's own rows, 64 or 128 are finer than most";
+        let block = self.block_width;
+        require(
+            block == 0 || (8..=1 << 20).contains(&block),
+            "block_width",
+            block,
+            "0, or 8 to 1048576",
+            advice,
+        )?;
+        let wide =
+            block == 0 || self.compressor != Compressor::Arc || block > u32::from(self.sketch_rank);
+        require(
+            wide,
+            "block_width",
+            block,
+            "0, or above sketch_rank",
+            "a sketch as wide as its row saves nothing; use a multiple of 32",
+        )?;
+        let advice = "small buckets cost round trips, large ones delay the first exchange; 26214400 (25 MiB of f32 gradient) is usual";
+        let bucket = self.bucket_bytes;
+        require(
+            (1024..=128 << 20).contains(&bucket),
+            "bucket_bytes",
+            bucket,
+            "1024 to 134217728",
+            advice,
+        )?;
+        let scored =
+            self.selection == SelectionPolicy::PerTensor || self.compressor != Compressor::Randk;
+        let advice = "randk draws rows without scores, so nothing can be pooled";
+        require(
+            scored,
+            "selection",
+            "pooled",
+            "per-tensor with compressor randk",
+            advice,
+        )
+    }
+
     /// What the round of update number `update` (counted from 0, skipped rounds not counted) does.
     #[must_use]
     pub fn round_kind(&self, update: u64) -> RoundKind {

@@ -2,10 +2,25 @@
 //!
 //! Every peer builds the plan from the same [`PlanSpec`], so only the spec travels; its hash is compared
 //! and a difference is named ([`PlanSpec::first_difference`]).
+//!
+//! Invariants of a built plan: every row of every tensor is owned by exactly one shard; a shard's rows of a bucket are
+//! contiguous in the bucket's concatenated rows; the same spec gives the same plan on every machine.
+
+mod build;
+mod difference;
+#[cfg(test)]
+mod tests;
+
+pub use build::{
+    MAX_BUCKETS, MAX_ELEMENTS, MAX_SHARDS, MIN_CUT_DENSE_ELEMENTS, MIN_CUT_KEPT_ROWS, PlanError,
+};
+pub use difference::PlanDifference;
 
 use crate::config::AlgorithmConfig;
 use crate::ids::{BucketId, ShardId, TensorId};
+use crate::wire::encode_plan_spec;
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 
 /// Element type of a gradient.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, Serialize, Deserialize)]
@@ -42,6 +57,17 @@ pub struct PlanSpec {
     pub shards: u16,
     /// Parameters in registration order.
     pub tensors: Vec<TensorSpec>,
+}
+
+impl PlanSpec {
+    /// SHA-256 of the canonical encoding. Equal on all peers of a job.
+    #[must_use]
+    pub fn hash(&self) -> [u8; 32] {
+        let mut hasher = Sha256::new();
+        hasher.update(b"arc-topk plan 1\0");
+        hasher.update(encode_plan_spec(self));
+        hasher.finalize().into()
+    }
 }
 
 /// How one tensor is viewed.
@@ -96,19 +122,6 @@ pub struct Plan {
     pub buckets: Vec<BucketPlan>,
 }
 
-/// Rows K that travel of `rows` rows at `density`: max(1, ⌈density·rows⌉), at most `rows`.
-///
-/// A density such as 0.2 has no exact f32; one part in 10⁷ is taken off the product before it is rounded up, so
-/// that 0.2 of 5 rows is 1 row and not 2.
-#[must_use]
-pub fn rows_kept(density: f32, rows: usize) -> usize {
-    if density >= 1.0 {
-        return rows;
-    }
-    let exact = f64::from(density) * rows as f64;
-    ((exact * (1.0 - 1e-7)).ceil() as usize).clamp(1, rows.max(1))
-}
-
 impl Segment {
     /// Rows of the range.
     #[must_use]
@@ -117,7 +130,33 @@ impl Segment {
     }
 }
 
+impl TensorPlan {
+    /// rows·width: elements with padding.
+    #[must_use]
+    pub fn padded_elements(&self) -> usize {
+        self.rows * self.width
+    }
+}
+
 impl Plan {
+    /// [`PlanSpec::hash`] of its spec.
+    #[must_use]
+    pub fn hash(&self) -> [u8; 32] {
+        self.spec.hash()
+    }
+
+    /// Elements of all tensors, without padding.
+    #[must_use]
+    pub fn elements(&self) -> usize {
+        self.tensors.iter().map(|t| t.elements).sum()
+    }
+
+    /// Number of shards.
+    #[must_use]
+    pub fn shards(&self) -> usize {
+        usize::from(self.spec.shards)
+    }
+
     /// Segments of a shard in a bucket.
     #[must_use]
     pub fn segments(&self, bucket: BucketId, shard: ShardId) -> &[Segment] {

@@ -17,10 +17,11 @@ use super::codec::Reader;
 use super::selection::{append_selection, decode_selection, selection_limit};
 use super::{FrameKind, WireError};
 use crate::compress::ValueCodec;
+use crate::compress::select::rows_to_keep;
 use crate::config::AlgorithmConfig;
 use crate::config::algorithm::{Compressor, RoundKind, SelectionPolicy};
 use crate::ids::{BucketId, ShardId};
-use crate::plan::{Plan, Segment, rows_kept};
+use crate::plan::{Plan, Segment};
 use core::ops::Range;
 
 /// Where values travel to.
@@ -194,7 +195,7 @@ impl RoundShape {
             if tensor.sparse {
                 let keep = match kind {
                     RoundKind::Dense => rows,
-                    RoundKind::Sparse { .. } => rows_kept(
+                    RoundKind::Sparse { .. } => rows_to_keep(
                         algorithm
                             .density_at(update, tensor.spec.density.unwrap_or(algorithm.density)),
                         rows,
