@@ -1,1 +1,11 @@
-//! c
+//! The worker of arc-topk: compresses, pushes and applies gradients; a library for any trainer and a trainer of its own.
+//!
+//! | module | room for |
+//! |---|---|
+//! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
+//! | [`step`] | one training step as a machine without sockets |
+//! | [`reducer`] | what a trainer sees |
+
+pub mod backend;
+pub mod reducer;
+pub mod step;

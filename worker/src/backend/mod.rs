@@ -1,0 +1,157 @@
+//! Where compression runs: the storage of one worker's gradients and feedback state, and the passes over it.
+//!
+//! [`StepMachine`](crate::step::StepMachine) decides what happens and when; a backend does it. The unit is the
+//! segment (the rows of one tensor that one shard owns), so that a device needs one call per segment and
+//! nothing but bytes for the wire crosses the bus. [`CpuBackend`] runs
+//! [`Kernels`](arc_topk_common::compress::Kernels).
+
+mod cpu;
+mod norms;
+
+pub use cpu::CpuBackend;
+pub(crate) use cpu::tensor_segments;
+
+use arc_topk_common::compress::{ProjectionKey, ValueCodec};
+use arc_topk_common::ids::TensorId;
+use arc_topk_common::plan::Segment;
+use half::{bf16, f16};
+
+/// A gradient as the trainer has it: row-major, without padding.
+#[derive(Clone, Copy, Debug)]
+pub enum Gradient<'a> {
+    /// IEEE single.
+    F32(&'a [f32]),
+    /// bfloat16.
+    Bf16(&'a [bf16]),
+    /// IEEE half.
+    F16(&'a [f16]),
+    /// No gradient on this worker: zeros.
+    Absent,
+}
+
+impl Gradient<'_> {
+    /// Number of elements; `None` if it is absent.
+    #[must_use]
+    pub fn elements(&self) -> Option<usize> {
+        match self {
+            Self::F32(values) => Some(values.len()),
+            Self::Bf16(values) => Some(values.len()),
+            Self::F16(values) => Some(values.len()),
+            Self::Absent => None,
+        }
+    }
+}
+
+impl<'a> From<&'a [f32]> for Gradient<'a> {
+    fn from(values: &'a [f32]) -> Self {
+        Self::F32(values)
+    }
+}
+
+/// What one step does with a tensor when its gradient comes.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct LoadPass {
+    /// All rows travel this step.
+    pub dense_round: bool,
+    /// Sketch with this projection in the same pass.
+    pub sketch: Option<ProjectionKey>,
+    /// Measure ‖g‖² as well.
+    pub measure: bool,
+}
+
+/// What [`Backend::load`] found.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Loaded {
+    /// Whether all of U is finite, per segment of the tensor by ascending rows.
+    pub finite: Vec<bool>,
+    /// ‖g‖², if it was asked for.
+    pub gradient_energy: f64,
+}
+
+/// Rows of a segment, by absolute row number.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum SentRows<'a> {
+    /// Every row of the segment.
+    All,
+    /// These, ascending.
+    Some(&'a [u32]),
+    /// topk: this worker sent `own`, the mean is over the union `all` (both ascending; `own` ⊆ `all`).
+    Union {
+        /// Rows of this worker.
+        own: &'a [u32],
+        /// Rows of all workers.
+        all: &'a [u32],
+    },
+}
+
+/// How a segment's round ended.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct SegmentCommit<'a> {
+    /// Segment.
+    pub segment: Segment,
+    /// All rows travelled.
+    pub dense_round: bool,
+    /// Rows that travelled.
+    pub rows: SentRows<'a>,
+    /// What this worker sent, encoded; `None` if it was not counted.
+    pub sent: Option<&'a [u8]>,
+    /// Encoding of `sent`.
+    pub codec_up: ValueCodec,
+    /// The mean, encoded.
+    pub mean: &'a [u8],
+    /// Encoding of `mean`.
+    pub codec_down: ValueCodec,
+    /// Measure energies.
+    pub measure: bool,
+}
+
+/// Energies of one segment, from [`Backend::commit`].
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
+pub struct Energies {
+    /// ‖A‖² over the segment.
+    pub input: f64,
+    /// ‖A[I]‖² over the rows that this worker sent.
+    pub sent: f64,
+    /// ‖A − C(A)‖² afterwards, with what rounding lost where the feedback rule keeps it.
+    pub residual: f64,
+}
+
+/// Named arrays of one tensor's feedback state. Empty ones are left out.
+pub type StateArrays = Vec<(&'static str, Vec<f32>)>;
+
+/// One worker's buffers and feedback state.
+///
+/// Order of calls in a step: [`load`](Backend::load) for every tensor, then any of the encoders, then either
+/// [`commit`](Backend::commit) once for every segment, or nothing (the step is skipped and U is forgotten).
+/// Only `commit` changes feedback state.
+pub trait Backend: Send {
+    /// Takes over a gradient: forms U and, if asked for, the sketch.
+    fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass) -> Loaded;
+
+    /// Appends the encoding of a segment's sketch (rows × r).
+    fn encode_sketch(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+
+    /// Appends the encoding of A[rows,:] (absolute rows of the segment, ascending), as one array.
+    fn encode_rows(&mut self, segment: Segment, rows: &[u32], codec: ValueCodec, out: &mut Vec<u8>);
+
+    /// Appends the encoding of a whole segment in a dense round.
+    fn encode_all(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+
+    /// The `k` rows of a segment with the largest ‖A_j‖², absolute, ascending; a tie goes to the lower row.
+    fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32>;
+
+    /// Ends a segment's round: feedback state moves on and the segment's part of the result is in place.
+    fn commit(&mut self, end: SegmentCommit<'_>) -> Energies;
+
+    /// The result of a tensor after every segment was committed (elements, without padding).
+    fn result(&self, tensor: TensorId) -> &[f32];
+
+    /// Feedback state of a tensor.
+    fn export(&self, tensor: TensorId) -> StateArrays;
+
+    /// Names and lengths of the arrays that [`Backend::export`] gives for a tensor.
+    fn state_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)>;
+
+    /// Replaces one array of a tensor's feedback state. Name and length are from [`Backend::state_lengths`].
+    fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]);
+}

@@ -1,0 +1,620 @@
+//! One training step as a machine without sockets, clocks or threads of its own: gradients and frames in, frames and
+//! results out.
+//!
+//! # Order of calls
+//!
+//! [`begin`](StepMachine::begin), [`fill`](StepMachine::fill) per tensor in any order,
+//! [`flush`](StepMachine::flush), [`handle`](StepMachine::handle) for every frame that comes (also between fills), and
+//! when [`is_complete`](StepMachine::is_complete): [`commit`](StepMachine::commit), then
+//! [`for_each_result`](StepMachine::for_each_result). Frames to send are pushed onto `out`.
+//!
+//! # A round (bucket b with shard s)
+//!
+//! | state | event | next | frame out |
+//! |---|---|---|---|
+//! | filling | last gradient of the bucket, all finite | awaiting 0 | Sketch (arc), Values (randk), Sparse (topk), Dense |
+//! | filling | last gradient, one not finite in s's rows | awaiting 0 | the same kind, empty, `non_finite`, last |
+//! | awaiting 0 (arc) | Selection | awaiting 1 | Values of the chosen rows, last |
+//! | awaiting 0 (others) | Mean, SparseMean, DenseMean | closed | |
+//! | awaiting 1 | Mean | closed | |
+//! | awaiting any | the phase's answer with `non_finite` | non-finite | (the stream just ends) |
+//! | any | any other frame | same | [`StepError::UnexpectedFrame`] |
+//!
+//! # Invariants
+//!
+//! - Feedback state changes in `commit` alone, and only if every round of the step closed and none was non-finite.
+//!   Until then the buffers hold U and what was sent is kept. A skipped step leaves the state as it was, bit for bit.
+//! - What a round contributes to the state is decided by the answers' `counted` flags (dense tensors of an arc round:
+//!   by the Selection's; values: by the Mean's).
+//! - Frames of a round depend on nothing but its own bucket: the order of fills and of answers cannot be seen in any byte.
+//!
+//! # Passes over memory
+//!
+//! Per element of a compressible tensor at density μ, with f32 buffers, arc and ef14: `fill` reads g, writes U, and reads e
+//! and U again while they are in a cache (blend, sketch); Selection reads μ of U; `commit` reads U, writes e, and
+//! writes the result. That is 3 reads and 3 writes of main memory, one of each for the copy that lets the trainer
+//! keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read g, U and e once more.
+
+mod error;
+mod result;
+mod round;
+mod state;
+mod stats;
+
+pub use error::{ImportError, StepError};
+pub use result::{RowsCame, TensorResult};
+pub use state::WorkerState;
+pub use stats::{ByteCounts, StepOutcome, StepStats};
+
+use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};
+use arc_topk_common::compress::{Kernels, ProjectionKey};
+use arc_topk_common::config::algorithm::{Compressor, Feedback, RoundKind};
+use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step, TensorId};
+use arc_topk_common::plan::Plan;
+use arc_topk_common::wire::FrameHeader;
+use bytes::Bytes;
+use round::{Committed, Round, State, Traffic};
+use state::array_name;
+use std::sync::Arc;
+
+/// Steps between measurements of energies and norms, unless set otherwise.
+const MEASURE_EVERY: u64 = 10;
+
+/// A frame to send.
+#[derive(Clone, PartialEq, Debug)]
+pub struct Outgoing {
+    /// To this shard, on the stream of the round (step, bucket).
+    pub shard: ShardId,
+    /// Header.
+    pub header: FrameHeader,
+    /// Body.
+    pub body: Bytes,
+    /// No further frame goes up on this round's stream.
+    pub last: bool,
+}
+
+/// What a round must know of its step.
+struct StepContext<'a> {
+    plan: &'a Plan,
+    epoch: Epoch,
+    step: Step,
+    update: u64,
+}
+
+impl StepContext<'_> {
+    fn key(&self, tensor: TensorId) -> ProjectionKey {
+        ProjectionKey {
+            seed: self.plan.spec.algorithm.seed,
+            tensor: tensor.0,
+            step: self.step.0,
+        }
+    }
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+enum Progress {
+    /// Between steps, before the first one or after a skipped one: there are no results.
+    Idle,
+    /// Between begin and commit.
+    Open,
+    /// Between steps, with results.
+    Committed,
+}
+
+/// Rows of a tensor's result that are fresh.
+#[derive(Clone, Debug, Default)]
+struct Came {
+    all: bool,
+    rows: Vec<u32>,
+}
+
+/// The machine. One per worker.
+pub struct StepMachine {
+    plan: Arc<Plan>,
+    backend: Box<dyn Backend>,
+    epoch: Epoch,
+    step: Step,
+    update: u64,
+    progress: Progress,
+    measure_every: u64,
+    /// By bucket, then shard; `None` where the shard owns nothing of the bucket.
+    rounds: Vec<Option<Round>>,
+    /// Rounds that have not closed.
+    open_rounds: usize,
+    filled: Vec<bool>,
+    /// Per bucket, tensors that are not filled.
+    missing: Vec<usize>,
+    /// Per tensor, the shards of its segments by ascending rows.
+    owners: Vec<Vec<ShardId>>,
+    came: Vec<Came>,
+    traffic: Traffic,
+    gradient_energy: f64,
+}
+
+impl StepMachine {
+    /// A machine on the CPU with zero feedback state, about to begin step `start`, update number `update`.
+    #[must_use]
+    pub fn new(
+        plan: Arc<Plan>,
+        kernels: Arc<dyn Kernels>,
+        epoch: Epoch,
+        start: Step,
+        update: u64,
+    ) -> Self {
+        let backend = Box::new(CpuBackend::new(&plan, kernels));
+        Self::with_backend(plan, backend, epoch, start, update)
+    }
+
+    /// As [`StepMachine::new`], on any backend that was made for the same plan.
+    #[must_use]
+    pub fn with_backend(
+        plan: Arc<Plan>,
+        backend: Box<dyn Backend>,
+        epoch: Epoch,
+        start: Step,
+        update: u64,
+    ) -> Self {
+        let tensors = plan.tensors.len();
+        let owners = owners(&plan);
+        Self {
+            backend,
+            epoch,
+            step: start,
+            update,
+            progress: Progress::Idle,
+            measure_every: MEASURE_EVERY,
+            rounds: Vec::new(),
+            open_rounds: 0,
+            filled: vec![false; tensors],
+            missing: vec![0; plan.buckets.len()],
+            owners,
+            came: vec![Came::default(); tensors],
+            traffic: Traffic::default(),
+            gradient_energy: 0.0,
+            plan,
+        }
+    }
+
+    /// The plan.
+    #[must_use]
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The step that is open, or else the next one.
+    #[must_use]
+    pub fn step(&self) -> Step {
+        self.step
+    }
+
+    /// The update number of that step.
+    #[must_use]
+    pub fn update(&self) -> u64 {
+        self.update
+    }
+
+    /// Membership has changed: later frames carry this epoch.
+    pub fn set_epoch(&mut self, epoch: Epoch) {
+        self.epoch = epoch;
+    }
+
+    /// Measure energies and norms in every `steps`-th step (1: in all; 0: never). Default 10. Changes no result.
+    pub fn set_measure_every(&mut self, steps: u64) {
+        self.measure_every = steps;
+    }
+
+    /// Opens the step. An open step that was not committed is forgotten.
+    pub fn begin(&mut self) {
+        let shards = self.plan.spec.shards;
+        let Self {
+            rounds,
+            plan,
+            update,
+            ..
+        } = self;
+        rounds.clear();
+        for bucket in &plan.buckets {
+            rounds.extend(
+                (0..shards).map(|shard| Round::new(plan, bucket.id, ShardId(shard), *update)),
+            );
+        }
+        self.open_rounds = self.rounds.iter().flatten().count();
+        self.filled.fill(false);
+        for (missing, bucket) in self.missing.iter_mut().zip(&self.plan.buckets) {
+            *missing = bucket.tensors.len();
+        }
+        self.traffic = Traffic::default();
+        self.gradient_energy = 0.0;
+        self.progress = Progress::Open;
+    }
+
+    /// Hands over a gradient. When its bucket is complete, the first frames of its rounds are pushed onto `out`.
+    ///
+    /// # Errors
+    /// If no step is open, or the tensor is unknown, has another length, or is already there. Nothing changes then.
+    pub fn fill(
+        &mut self,
+        tensor: TensorId,
+        gradient: &[f32],
+        out: &mut Vec<Outgoing>,
+    ) -> Result<(), StepError> {
+        self.fill_any(tensor, Gradient::F32(gradient), out)
+    }
+
+    /// [`StepMachine::fill`] for gradients of any type, or none.
+    ///
+    /// # Errors
+    /// As [`StepMachine::fill`].
+    pub fn fill_any(
+        &mut self,
+        tensor: TensorId,
+        gradient: Gradient<'_>,
+        out: &mut Vec<Outgoing>,
+    ) -> Result<(), StepError> {
+        self.check_fill(tensor, gradient)?;
+        let bucket = self.plan.tensors[tensor.index()].bucket;
+        let loaded = self.backend.load(tensor, gradient, self.load_pass(tensor));
+        self.gradient_energy += loaded.gradient_energy;
+        for (shard, finite) in self.owners[tensor.index()].iter().zip(&loaded.finite) {
+            if !finite {
+                let at = self.round_at(bucket, *shard);
+                self.rounds[at]
+                    .as_mut()
+                    .expect("an owner holds a round")
+                    .mark_non_finite();
+            }
+        }
+        self.filled[tensor.index()] = true;
+        self.missing[bucket.index()] -= 1;
+        if self.missing[bucket.index()] == 0 {
+            self.open_bucket(bucket, out);
+        }
+        Ok(())
+    }
+
+    /// No more gradients come in this step: the missing ones count as zeros.
+    pub fn flush(&mut self, out: &mut Vec<Outgoing>) {
+        if self.progress != Progress::Open {
+            return;
+        }
+        let plan = Arc::clone(&self.plan);
+        for tensor in plan.buckets.iter().flat_map(|bucket| &bucket.tensors) {
+            if !self.filled[tensor.index()] {
+                self.fill_any(*tensor, Gradient::Absent, out)
+                    .expect("an absent gradient fits every missing tensor");
+            }
+        }
+    }
+
+    /// A frame came from a shard. The answer, if there is one, is pushed onto `out`.
+    ///
+    /// # Errors
+    /// If the frame does not belong here or cannot be read: the session with this shard should end. Nothing changes.
+    pub fn handle(
+        &mut self,
+        shard: ShardId,
+        header: FrameHeader,
+        body: Bytes,
+        out: &mut Vec<Outgoing>,
+    ) -> Result<(), StepError> {
+        self.check_frame(shard, &header)?;
+        let at = self.round_at(header.bucket, shard);
+        let ctx = StepContext {
+            plan: &self.plan,
+            epoch: self.epoch,
+            step: self.step,
+            update: self.update,
+        };
+        let round = self.rounds[at].as_mut().expect("checked above");
+        let answer = round.handle(&header, body, &mut *self.backend, &ctx, &mut self.traffic)?;
+        if matches!(round.state(), State::Closed | State::NonFinite) {
+            self.open_rounds -= 1;
+        }
+        out.extend(answer);
+        Ok(())
+    }
+
+    /// Whether every gradient is there and every round has closed.
+    #[must_use]
+    pub fn is_complete(&self) -> bool {
+        self.progress == Progress::Open
+            && self.open_rounds == 0
+            && self.missing.iter().all(|missing| *missing == 0)
+    }
+
+    /// Ends the step. Feedback state changes here and nowhere else, unless the step is skipped.
+    ///
+    /// # Panics
+    /// If the step is not complete ([`StepMachine::is_complete`]).
+    pub fn commit(&mut self) -> StepOutcome {
+        assert!(
+            self.is_complete(),
+            "commit needs every round of the step to be closed"
+        );
+        let skipped = self
+            .rounds
+            .iter()
+            .flatten()
+            .any(|round| round.state() == State::NonFinite);
+        let measured = self.measures();
+        let committed = if skipped {
+            Committed::default()
+        } else {
+            self.commit_rounds(measured)
+        };
+        let outcome = StepOutcome {
+            step: self.step,
+            update: self.update,
+            skipped,
+            kind: self.kind(),
+            stats: self.stats(&committed, measured && !skipped),
+        };
+        self.step.0 += 1;
+        self.update += u64::from(!skipped);
+        self.progress = if skipped {
+            Progress::Idle
+        } else {
+            Progress::Committed
+        };
+        outcome
+    }
+
+    /// Calls `f` with every tensor's result in the order of registration; not at all after a skipped step.
+    pub fn for_each_result(&self, f: &mut dyn FnMut(TensorResult<'_>)) {
+        if self.progress != Progress::Committed {
+            return;
+        }
+        for (tensor, came) in self.plan.tensors.iter().zip(&self.came) {
+            f(TensorResult {
+                tensor: tensor.id,
+                values: self.backend.result(tensor.id),
+                rows: if came.all {
+                    RowsCame::All
+                } else {
+                    RowsCame::Rows(&came.rows)
+                },
+                width: tensor.width,
+            });
+        }
+    }
+
+    /// Step, update and feedback state, exactly. In an open step: as it was when the step began.
+    #[must_use]
+    pub fn export_state(&self) -> WorkerState {
+        let arrays = self.plan.tensors.iter().flat_map(|tensor| {
+            let named = self.backend.export(tensor.id).into_iter();
+            named.map(|(array, values)| (array_name(array, &tensor.spec.name), values))
+        });
+        WorkerState {
+            step: self.step,
+            update: self.update,
+            arrays: arrays.collect(),
+        }
+    }
+
+    /// Continues from a saved state.
+    ///
+    /// # Errors
+    /// If a step is open, or the state does not fit the plan. Nothing changes then; the error names the tensor.
+    pub fn import_state(&mut self, state: WorkerState) -> Result<(), ImportError> {
+        if self.progress == Progress::Open {
+            return Err(ImportError::StepOpen);
+        }
+        let mut saved: std::collections::BTreeMap<String, Vec<f32>> =
+            state.arrays.into_iter().collect();
+        let mut imports = Vec::new();
+        for tensor in &self.plan.tensors {
+            for (array, expected) in self.backend.state_lengths(tensor.id) {
+                let name = tensor.spec.name.clone();
+                let Some(values) = saved.remove(&array_name(array, &name)) else {
+                    return Err(ImportError::Missing {
+                        array,
+                        tensor: name,
+                    });
+                };
+                if values.len() != expected {
+                    return Err(ImportError::Length {
+                        array,
+                        tensor: name,
+                        expected,
+                        actual: values.len(),
+                    });
+                }
+                imports.push((tensor.id, array, values));
+            }
+        }
+        if let Some((name, _)) = saved.pop_first() {
+            return Err(ImportError::Unknown { name });
+        }
+        for (tensor, array, values) in imports {
+            self.backend.import(tensor, array, &values);
+        }
+        self.step = state.step;
+        self.update = state.update;
+        self.progress = Progress::Idle;
+        Ok(())
+    }
+
+    fn kind(&self) -> RoundKind {
+        self.plan.spec.algorithm.round_kind(self.update)
+    }
+
+    fn measures(&self) -> bool {
+        self.measure_every > 0 && self.step.0.is_multiple_of(self.measure_every)
+    }
+
+    fn round_at(&self, bucket: BucketId, shard: ShardId) -> usize {
+        bucket.index() * usize::from(self.plan.spec.shards) + shard.index()
+    }
+
+    fn load_pass(&self, tensor: TensorId) -> LoadPass {
+        let sparse = self.plan.tensors[tensor.index()].sparse;
+        let dense_round = !sparse || self.kind() == RoundKind::Dense;
+        let sketches = !dense_round && self.plan.spec.algorithm.compressor == Compressor::Arc;
+        let ctx = StepContext {
+            plan: &self.plan,
+            epoch: self.epoch,
+            step: self.step,
+            update: self.update,
+        };
+        LoadPass {
+            dense_round,
+            sketch: sketches.then(|| ctx.key(tensor)),
+            measure: self.measures(),
+        }
+    }
+
+    fn check_fill(&self, tensor: TensorId, gradient: Gradient<'_>) -> Result<(), StepError> {
+        if self.progress != Progress::Open {
+            return Err(StepError::NotBegun);
+        }
+        let Some(plan) = self.plan.tensors.get(tensor.index()) else {
+            return Err(StepError::UnknownTensor {
+                tensor: tensor.0,
+                tensors: self.plan.tensors.len(),
+            });
+        };
+        if self.filled[tensor.index()] {
+            return Err(StepError::FilledTwice {
+                tensor: plan.spec.name.clone(),
+                step: self.step,
+            });
+        }
+        match gradient.elements() {
+            Some(actual) if actual != plan.elements => Err(StepError::GradientLength {
+                tensor: plan.spec.name.clone(),
+                expected: plan.elements,
+                actual,
+            }),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_frame(&self, shard: ShardId, header: &FrameHeader) -> Result<(), StepError> {
+        if self.progress != Progress::Open
+            || header.step != self.step
+            || header.update != self.update
+        {
+            return Err(StepError::WrongStep {
+                shard,
+                step: self.step,
+                update: self.update,
+                got_step: header.step,
+                got_update: header.update,
+            });
+        }
+        let known =
+            shard.0 < self.plan.spec.shards && header.bucket.index() < self.plan.buckets.len();
+        if known && self.rounds[self.round_at(header.bucket, shard)].is_some() {
+            return Ok(());
+        }
+        Err(StepError::UnexpectedFrame {
+            shard,
+            bucket: header.bucket,
+            kind: header.kind,
+            state: "not held",
+        })
+    }
+
+    /// Every gradient of the bucket is there.
+    fn open_bucket(&mut self, bucket: BucketId, out: &mut Vec<Outgoing>) {
+        let shards = usize::from(self.plan.spec.shards);
+        let ctx = StepContext {
+            plan: &self.plan,
+            epoch: self.epoch,
+            step: self.step,
+            update: self.update,
+        };
+        let start = bucket.index() * shards;
+        for round in self.rounds[start..start + shards].iter_mut().flatten() {
+            out.push(round.open(&mut *self.backend, &ctx, &mut self.traffic));
+        }
+    }
+
+    fn commit_rounds(&mut self, measure: bool) -> Committed {
+        // ef21's result is the whole estimate H, whichever rows moved it.
+        let estimates = matches!(
+            self.plan.spec.algorithm.feedback,
+            Feedback::Ef21 | Feedback::Ef21m
+        );
+        for (came, tensor) in self.came.iter_mut().zip(&self.plan.tensors) {
+            came.rows.clear();
+            came.all = !tensor.sparse || estimates;
+        }
+        let mut total = Committed::default();
+        let came = &mut self.came;
+        for round in self.rounds.iter_mut().flatten() {
+            let committed = round.commit(&mut *self.backend, measure, &mut |segment, rows| {
+                let came = &mut came[segment.segment.tensor.index()];
+                match rows {
+                    Some(rows) => came.rows.extend_from_slice(rows),
+                    None => came.all = true,
+                }
+            });
+            total.sparse.input += committed.sparse.input;
+            total.sparse.sent += committed.sparse.sent;
+            total.residual += committed.residual;
+            total.elements_came += committed.elements_came;
+        }
+        for came in &mut self.came {
+            // Shards own ranges in any order.
+            came.rows.sort_unstable();
+        }
+        total
+    }
+
+    fn stats(&self, committed: &Committed, measured: bool) -> StepStats {
+        let sparse_elements = self
+            .plan
+            .tensors
+            .iter()
+            .filter(|t| t.sparse)
+            .map(|t| (t.rows * t.width) as u64);
+        let sparse_elements: u64 = sparse_elements.sum();
+        let elements: u64 = self
+            .plan
+            .tensors
+            .iter()
+            .map(|tensor| tensor.elements as u64)
+            .sum();
+        let captured = committed.sparse.sent / committed.sparse.input;
+        StepStats {
+            sent: self.traffic.sent,
+            received: self.traffic.received,
+            dense_equivalent_bytes: 4 * elements,
+            captured_energy: (measured && committed.sparse.input > 0.0).then_some(captured as f32),
+            density: if sparse_elements == 0 {
+                1.0
+            } else {
+                committed.elements_came as f32 / sparse_elements as f32
+            },
+            gradient_norm: measured.then(|| self.gradient_energy.sqrt() as f32),
+            residual_norm: measured.then(|| committed.residual.sqrt() as f32),
+            compress_seconds: 0.0,
+            wait_seconds: 0.0,
+        }
+    }
+}
+
+/// Per tensor, the shards that own its segments, by ascending rows.
+fn owners(plan: &Plan) -> Vec<Vec<ShardId>> {
+    let mut owners: Vec<Vec<(u32, ShardId)>> = vec![Vec::new(); plan.tensors.len()];
+    for bucket in &plan.buckets {
+        for (shard, segments) in (0u16..).zip(&bucket.segments) {
+            for segment in segments {
+                owners[segment.tensor.index()].push((segment.row_start, ShardId(shard)));
+            }
+        }
+    }
+    debug_assert_eq!(
+        owners.iter().map(Vec::len).sum::<usize>(),
+        tensor_segments(plan).iter().map(Vec::len).sum()
+    );
+    for owners in &mut owners {
+        owners.sort_unstable();
+    }
+    owners
+        .into_iter()
+        .map(|owners| owners.into_iter().map(|(_, shard)| shard).collect())
+        .collect()
+}

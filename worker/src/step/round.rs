@@ -1,0 +1,468 @@
+//! One round: a bucket with a shard. See the module above for the table of states and events.
+
+use super::error::StepError;
+use super::stats::ByteCounts;
+use super::{Outgoing, StepContext};
+use crate::backend::{Backend, Energies, SegmentCommit, SentRows};
+use arc_topk_common::compress::{ValueCodec, randk_rows};
+use arc_topk_common::ids::{BucketId, ShardId};
+use arc_topk_common::plan::Plan;
+use arc_topk_common::wire::{
+    Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Layout, Phase, RoundShape,
+    SegmentShape, WireError, append_selection,
+};
+use bytes::Bytes;
+use core::ops::Range;
+
+/// Where a round stands.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum State {
+    /// Gradients of the bucket are missing.
+    Filling,
+    /// The frame of this phase is on its way, its answer is not there.
+    Awaiting(usize),
+    /// The last answer is there.
+    Closed,
+    /// Some worker's gradient, or a sum, was not finite.
+    NonFinite,
+}
+
+impl State {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Filling => "not open yet",
+            Self::Awaiting(0) => "waiting for the answer to its first frame",
+            Self::Awaiting(_) => "waiting for the mean of its values",
+            Self::Closed | Self::NonFinite => "closed",
+        }
+    }
+}
+
+/// What became of one segment in this round. Bytes are slices of whole frames.
+#[derive(Debug)]
+struct Exchange {
+    shape: SegmentShape,
+    /// Compressible tensor.
+    sparse: bool,
+    /// Rows that this worker sent (absolute); unused where all rows travel.
+    own: Vec<u32>,
+    /// topk: rows of the mean.
+    union: Option<Vec<u32>>,
+    sent: Bytes,
+    mean: Bytes,
+    counted: bool,
+}
+
+/// One round.
+#[derive(Debug)]
+pub(super) struct Round {
+    shape: RoundShape,
+    phases: &'static [Phase],
+    state: State,
+    /// All gradients so far are finite.
+    finite: bool,
+    /// Sparse segments, then dense ones.
+    exchanges: Vec<Exchange>,
+}
+
+/// Bytes by kind, both directions.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Traffic {
+    pub(super) sent: ByteCounts,
+    pub(super) received: ByteCounts,
+}
+
+/// What [`Round::commit`] adds up.
+#[derive(Debug, Default, Clone, Copy)]
+pub(super) struct Committed {
+    /// Over the compressible tensors.
+    pub(super) sparse: Energies,
+    /// ‖A − C(A)‖² over all tensors.
+    pub(super) residual: f64,
+    /// Elements of compressible tensors that came.
+    pub(super) elements_came: u64,
+}
+
+impl Round {
+    /// The round of an update, or `None` if the shard owns nothing of the bucket.
+    pub(super) fn new(plan: &Plan, bucket: BucketId, shard: ShardId, update: u64) -> Option<Self> {
+        let shape = RoundShape::new(plan, bucket, shard, update);
+        let phases = shape.phases();
+        let exchange = |sparse| {
+            move |segment: &SegmentShape| Exchange {
+                shape: *segment,
+                sparse,
+                own: Vec::new(),
+                union: None,
+                sent: Bytes::new(),
+                mean: Bytes::new(),
+                counted: false,
+            }
+        };
+        let exchanges = shape
+            .sparse
+            .iter()
+            .map(exchange(true))
+            .chain(shape.dense.iter().map(exchange(false)))
+            .collect();
+        (!phases.is_empty()).then_some(Self {
+            shape,
+            phases,
+            state: State::Filling,
+            finite: true,
+            exchanges,
+        })
+    }
+
+    pub(super) fn state(&self) -> State {
+        self.state
+    }
+
+    /// One of its gradients holds a NaN or an Inf.
+    pub(super) fn mark_non_finite(&mut self) {
+        self.finite = false;
+    }
+
+    /// All gradients are there: sends the first frame.
+    pub(super) fn open(
+        &mut self,
+        backend: &mut dyn Backend,
+        ctx: &StepContext<'_>,
+        traffic: &mut Traffic,
+    ) -> Outgoing {
+        self.state = State::Awaiting(0);
+        let kind = self.phases[0].up;
+        if !self.finite {
+            return self.outgoing(
+                0,
+                FrameFlags {
+                    non_finite: true,
+                    counted: false,
+                },
+                Bytes::new(),
+                ctx,
+                traffic,
+            );
+        }
+        let layout = match kind {
+            FrameKind::Sketch => self.shape.sketch_layout(),
+            FrameKind::Values => self.shape.values_layout(&self.shape.keep(), Direction::Up),
+            _ => self.shape.dense_layout(),
+        };
+        let mut body = Vec::with_capacity(layout.bytes);
+        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(self.exchanges.len());
+        for exchange in &mut self.exchanges {
+            ranges.push(exchange.encode_first(
+                kind,
+                &self.shape,
+                backend,
+                ctx,
+                &mut body,
+                &mut traffic.sent,
+            ));
+        }
+        let body = Bytes::from(body);
+        for (exchange, range) in self.exchanges.iter_mut().zip(ranges) {
+            exchange.sent = body.slice(range);
+        }
+        self.outgoing(0, FrameFlags::default(), body, ctx, traffic)
+    }
+
+    /// A frame of the shard. Returns the next frame up, if there is one.
+    pub(super) fn handle(
+        &mut self,
+        header: &FrameHeader,
+        body: Bytes,
+        backend: &mut dyn Backend,
+        ctx: &StepContext<'_>,
+        traffic: &mut Traffic,
+    ) -> Result<Option<Outgoing>, StepError> {
+        let expected = match self.state {
+            State::Awaiting(phase) if self.phases[phase].down == header.kind => phase,
+            _ => return Err(self.unexpected(header)),
+        };
+        if header.flags.non_finite {
+            if !body.is_empty() {
+                return Err(self.body_error(WireError::BodyLength {
+                    kind: header.kind,
+                    expected: 0,
+                    actual: body.len(),
+                }));
+            }
+            traffic.received.control += HEADER_BYTES as u64;
+            self.state = State::NonFinite;
+            return Ok(None);
+        }
+        // A shard that averages what this worker did not send is out of its mind.
+        if !self.finite {
+            return Err(self.unexpected(header));
+        }
+        let (shard, bucket) = (self.shape.shard, self.shape.bucket);
+        self.take(header, &body, &mut traffic.received)
+            .map_err(|source| StepError::Body {
+                shard,
+                bucket,
+                source,
+            })?;
+        traffic.received.control += HEADER_BYTES as u64;
+        if expected + 1 == self.phases.len() {
+            self.state = State::Closed;
+            return Ok(None);
+        }
+        self.state = State::Awaiting(expected + 1);
+        Ok(Some(self.send_values(backend, ctx, traffic)))
+    }
+
+    /// Reads an answer into the exchanges; nothing changes if it cannot be read.
+    fn take(
+        &mut self,
+        header: &FrameHeader,
+        body: &Bytes,
+        received: &mut ByteCounts,
+    ) -> Result<(), WireError> {
+        let sparse = self.shape.sparse.len();
+        match header.kind {
+            FrameKind::Selection => {
+                let selected = self.shape.decode_selection_body(body)?;
+                for (exchange, rows) in self.exchanges.iter_mut().zip(&selected.rows) {
+                    exchange.own = exchange.shape.absolute(rows);
+                }
+                received.selection += bytes_of(&selected.layout.sparse);
+                received.dense += bytes_of(&selected.layout.dense);
+                assign(
+                    &mut self.exchanges[sparse..],
+                    &selected.layout.dense,
+                    body,
+                    header,
+                );
+            }
+            FrameKind::SparseMean => {
+                let selected = self.shape.decode_sparse_body(body, Direction::Down)?;
+                for (exchange, rows) in self.exchanges.iter_mut().zip(&selected.rows) {
+                    exchange.union = Some(exchange.shape.absolute(rows));
+                }
+                self.assign_all(&selected.layout, body, header);
+                let (values, dense) = (
+                    bytes_of(&selected.layout.sparse),
+                    bytes_of(&selected.layout.dense),
+                );
+                received.values += values;
+                received.dense += dense;
+                received.selection += body.len() as u64 - values - dense;
+            }
+            FrameKind::Mean => {
+                let kept: Vec<usize> = self.exchanges[..sparse]
+                    .iter()
+                    .map(|e| e.own.len())
+                    .collect();
+                let layout = self.shape.values_layout(&kept, Direction::Down);
+                layout.check(header.kind, body.len())?;
+                received.values += bytes_of(&layout.sparse);
+                received.dense += bytes_of(&layout.dense);
+                self.assign_all(&layout, body, header);
+            }
+            _ => {
+                let layout = self.shape.dense_layout();
+                layout.check(header.kind, body.len())?;
+                received.dense += body.len() as u64;
+                self.assign_all(&layout, body, header);
+            }
+        }
+        Ok(())
+    }
+
+    /// Means of the sparse segments and, where the frame carries them, of the dense ones.
+    fn assign_all(&mut self, layout: &Layout, body: &Bytes, header: &FrameHeader) {
+        let (sparse, dense) = self.exchanges.split_at_mut(self.shape.sparse.len());
+        assign(sparse, &layout.sparse, body, header);
+        assign(dense, &layout.dense, body, header);
+    }
+
+    /// The values of the rows that the shard chose.
+    fn send_values(
+        &mut self,
+        backend: &mut dyn Backend,
+        ctx: &StepContext<'_>,
+        traffic: &mut Traffic,
+    ) -> Outgoing {
+        let sparse = self.shape.sparse.len();
+        let kept: Vec<usize> = self.exchanges[..sparse]
+            .iter()
+            .map(|e| e.own.len())
+            .collect();
+        let layout = self.shape.values_layout(&kept, Direction::Up);
+        let mut body = Vec::with_capacity(layout.bytes);
+        for exchange in &self.exchanges[..sparse] {
+            backend.encode_rows(
+                exchange.shape.segment,
+                &exchange.own,
+                self.shape.codec_up,
+                &mut body,
+            );
+        }
+        let body = Bytes::from(body);
+        for (exchange, range) in self.exchanges.iter_mut().zip(&layout.sparse) {
+            exchange.sent = body.slice(range.clone());
+        }
+        traffic.sent.values += body.len() as u64;
+        self.outgoing(1, FrameFlags::default(), body, ctx, traffic)
+    }
+
+    /// Moves feedback state on and puts the results in place. `came` is told every sparse segment's rows.
+    pub(super) fn commit(
+        &mut self,
+        backend: &mut dyn Backend,
+        measure: bool,
+        came: &mut dyn FnMut(&SegmentShape, Option<&[u32]>),
+    ) -> Committed {
+        let mut total = Committed::default();
+        let dense_round = self.shape.is_dense();
+        for exchange in &mut self.exchanges {
+            let all_rows = dense_round || !exchange.sparse;
+            let energies = backend.commit(exchange.end(all_rows, &self.shape, measure));
+            total.residual += energies.residual;
+            if exchange.sparse {
+                total.sparse.input += energies.input;
+                total.sparse.sent += energies.sent;
+                let rows = if all_rows {
+                    None
+                } else {
+                    Some(exchange.union.as_deref().unwrap_or(&exchange.own))
+                };
+                let count = rows.map_or(exchange.shape.rows, <[u32]>::len);
+                total.elements_came += (count * exchange.shape.width) as u64;
+                came(&exchange.shape, rows);
+            }
+            exchange.sent = Bytes::new();
+            exchange.mean = Bytes::new();
+        }
+        total
+    }
+
+    fn outgoing(
+        &self,
+        phase: usize,
+        flags: FrameFlags,
+        body: Bytes,
+        ctx: &StepContext<'_>,
+        traffic: &mut Traffic,
+    ) -> Outgoing {
+        traffic.sent.control += HEADER_BYTES as u64;
+        Outgoing {
+            shard: self.shape.shard,
+            header: FrameHeader {
+                kind: self.phases[phase].up,
+                flags,
+                bucket: self.shape.bucket,
+                epoch: ctx.epoch,
+                step: ctx.step,
+                update: ctx.update,
+                body_bytes: u32::try_from(body.len())
+                    .expect("the plan keeps bodies below MAX_BODY_BYTES"),
+            },
+            body,
+            last: flags.non_finite || phase + 1 == self.phases.len(),
+        }
+    }
+
+    fn unexpected(&self, header: &FrameHeader) -> StepError {
+        StepError::UnexpectedFrame {
+            shard: self.shape.shard,
+            bucket: self.shape.bucket,
+            kind: header.kind,
+            state: self.state.name(),
+        }
+    }
+
+    fn body_error(&self, source: WireError) -> StepError {
+        StepError::Body {
+            shard: self.shape.shard,
+            bucket: self.shape.bucket,
+            source,
+        }
+    }
+}
+
+impl Exchange {
+    /// Appends this segment's part of the first frame. Returns where the part lies that commit will need.
+    fn encode_first(
+        &mut self,
+        kind: FrameKind,
+        round: &RoundShape,
+        backend: &mut dyn Backend,
+        ctx: &StepContext<'_>,
+        body: &mut Vec<u8>,
+        sent: &mut ByteCounts,
+    ) -> Range<usize> {
+        let segment = self.shape.segment;
+        let mut start = body.len();
+        match kind {
+            _ if !self.sparse => backend.encode_all(segment, round.codec_dense, body),
+            FrameKind::Sketch => {
+                backend.encode_sketch(segment, round.codec_sketch, body);
+                sent.sketch += (body.len() - start) as u64;
+                return 0..0;
+            }
+            FrameKind::Values => {
+                let rows = segment.row_start as usize..segment.row_end as usize;
+                self.own = randk_rows(ctx.key(segment.tensor), rows, self.shape.keep);
+                backend.encode_rows(segment, &self.own, round.codec_up, body);
+            }
+            FrameKind::Sparse => {
+                self.own = backend.top_rows(segment, self.shape.keep);
+                let relative: Vec<u32> =
+                    self.own.iter().map(|row| row - segment.row_start).collect();
+                append_selection(self.shape.rows, &relative, body);
+                sent.selection += (body.len() - start) as u64;
+                start = body.len();
+                backend.encode_rows(segment, &self.own, round.codec_up, body);
+            }
+            _ => backend.encode_all(segment, round.codec_dense, body),
+        }
+        let bytes = (body.len() - start) as u64;
+        if self.sparse && matches!(kind, FrameKind::Values | FrameKind::Sparse) {
+            sent.values += bytes;
+        } else {
+            sent.dense += bytes;
+        }
+        start..body.len()
+    }
+
+    fn end(&self, all_rows: bool, round: &RoundShape, measure: bool) -> SegmentCommit<'_> {
+        let codec = |compressed: ValueCodec| {
+            if all_rows {
+                round.codec_dense
+            } else {
+                compressed
+            }
+        };
+        SegmentCommit {
+            segment: self.shape.segment,
+            dense_round: all_rows,
+            rows: match &self.union {
+                _ if all_rows => SentRows::All,
+                Some(union) => SentRows::Union {
+                    own: &self.own,
+                    all: union,
+                },
+                None => SentRows::Some(&self.own),
+            },
+            sent: self.counted.then_some(&self.sent[..]),
+            codec_up: codec(round.codec_up),
+            mean: &self.mean,
+            codec_down: codec(round.codec_down),
+            measure,
+        }
+    }
+}
+
+fn assign(exchanges: &mut [Exchange], ranges: &[Range<usize>], body: &Bytes, header: &FrameHeader) {
+    for (exchange, range) in exchanges.iter_mut().zip(ranges) {
+        exchange.mean = body.slice(range.clone());
+        exchange.counted = header.flags.counted;
+    }
+}
+
+fn bytes_of(ranges: &[Range<usize>]) -> u64 {
+    ranges.iter().map(|range| range.len() as u64).sum()
+}
