@@ -1,0 +1,84 @@
+# Everything that a newcomer needs: `make demo` and `make test` set up what they use by themselves,
+# given a Rust toolchain (rustup reads rust-toolchain.toml) and Python 3.11. `make` lists the targets.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+MAKEFLAGS += --no-builtin-rules
+
+CARGO  ?= cargo
+PYTHON ?= python3
+# More arguments for the command behind a target: make demo ARGS='--steps 100'
+ARGS ?=
+
+TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
+TOOLS      := $(abspath $(TARGET_DIR))/tools
+DENY_VERSION := 0.20.2
+DENY       := $(TOOLS)/bin/cargo-deny
+WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
+
+.PHONY: help
+help: ## list the targets
+	@echo 'arc-topk: data-parallel training through sharded parameter servers. Targets:'
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo "More arguments for a target's command: make demo ARGS='--steps 100'"
+
+.PHONY: demo
+demo: ## train a small language model twice, dense and with ARC-Top-K, and compare (a few minutes after the build)
+	@$(PYTHON) worker/data/fetch.py shakespeare || echo 'data: the demo will use its built-in text'
+	@echo 'build: the first time takes a few minutes'
+	@$(CARGO) build --locked -p arc-topk-worker --bin arc-worker
+	@$(WORKER) demo $(ARGS)
+
+.PHONY: test
+test: fmt-check clippy unit docs deny ## all that must pass before a change is merged: what .ci/run calls
+	@echo 'make test: format, lints, tests, documentation and dependencies are in order'
+
+.PHONY: fmt-check
+fmt-check:
+	$(CARGO) fmt --all -- --check
+
+.PHONY: fmt
+fmt: ## format the sources
+	$(CARGO) fmt --all
+
+.PHONY: clippy
+clippy:
+	$(CARGO) clippy --locked --workspace --all-targets -- -D warnings
+
+.PHONY: lint
+lint: fmt-check clippy ## format check and clippy only
+
+.PHONY: unit
+unit:
+	$(CARGO) test --locked --workspace
+
+.PHONY: docs
+docs: ## build the API documentation, warnings denied
+	RUSTDOCFLAGS='-D warnings' $(CARGO) doc --locked --workspace --no-deps
+
+.PHONY: deny
+deny: $(DENY) ## check the dependencies: bans, licences, sources
+	$(DENY) --log-level error check --hide-inclusion-graph bans licenses sources
+
+.PHONY: advisories
+advisories: $(DENY) ## check the dependencies against the RustSec database (needs github.com)
+	$(DENY) check advisories
+
+# An unoptimised cargo-deny is built in half the time and checks this tree in two seconds.
+$(DENY):
+	CARGO_PROFILE_DEV_DEBUG=0 CARGO_INCREMENTAL=0 $(CARGO) install cargo-deny --version $(DENY_VERSION) --locked \
+	  --profile dev --root '$(TOOLS)' --target-dir '$(TOOLS)/build'
+	rm -rf '$(TOOLS)/build'
+
+.PHONY: data
+data: ## fetch the public data sets into .data (or ARC_DATA)
+	$(PYTHON) worker/data/fetch.py $(ARGS)
+
+.PHONY: bench
+bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
+	$(CARGO) bench --locked --workspace $(ARGS)
+
+.PHONY: clean-tools
+clean-tools:
+	rm -rf '$(TOOLS)'
