@@ -43,16 +43,16 @@ impl Kernels for Reference {
         rows: Range<usize>,
     ) -> bool {
         let mut finite = true;
-        for i in rows.start * state.width..rows.end * state.width {
-            let g = buffer[i];
-            buffer[i] = match state.feedback {
-                Feedback::Ef14 => g + params.decay * state.residual[i],
+        let elements = rows.start * state.width..rows.end * state.width;
+        for (x, i) in buffer[elements.clone()].iter_mut().zip(elements) {
+            *x = match state.feedback {
+                Feedback::Ef14 => *x + params.decay * state.residual[i],
                 Feedback::Ef21m if !dense_round => {
-                    (1.0 - params.eta) * state.momentum[i] + params.eta * g
+                    (1.0 - params.eta) * state.momentum[i] + params.eta * *x
                 }
-                Feedback::None | Feedback::Ef21 | Feedback::Ef21m => g,
+                Feedback::None | Feedback::Ef21 | Feedback::Ef21m => *x,
             };
-            finite &= buffer[i].is_finite();
+            finite &= x.is_finite();
         }
         finite
     }
