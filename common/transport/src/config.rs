@@ -1,0 +1,107 @@
+//! Tuning of a session.
+
+use crate::error::TransportError;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Settings of a QUIC endpoint, the same for shards and workers.
+///
+/// The defaults suit 0.1–25 Gbit/s with round trips up to about 20 ms: a window must hold at least
+/// bandwidth × round trip (25 Gbit/s × 20 ms = 62 MB).
+#[derive(Clone, PartialEq, Debug)]
+pub struct TransportConfig {
+    /// Bytes that a peer may send on one stream before they are read.
+    pub stream_window_bytes: u32,
+    /// Bytes that a peer may send on all streams of a connection before they are read. Bounds what one
+    /// peer can make this process buffer.
+    pub connection_window_bytes: u32,
+    /// Bytes written here that may wait for the peer's acknowledgement.
+    pub send_window_bytes: u64,
+    /// Silence after which a peer counts as lost. The smaller of both sides' values holds.
+    pub idle_timeout: Duration,
+    /// Interval of keep-alive packets; below half of `idle_timeout`.
+    pub keep_alive: Duration,
+    /// Streams that a peer may hold open at once: one control stream and one for each round in flight.
+    pub max_streams: u32,
+    /// Kernel buffer of the UDP socket, bytes, each direction. The kernel may grant less
+    /// (`net.core.rmem_max`, `net.core.wmem_max`).
+    pub socket_buffer_bytes: usize,
+    /// Largest UDP payload that path discovery tries, bytes. 1452 fits Ethernet; 8952 fits jumbo frames.
+    pub max_udp_payload_bytes: u16,
+    /// UDP payload to start with towards loopback addresses, bytes, where no path can be too small.
+    pub loopback_udp_payload_bytes: u16,
+    /// Time that one attempt to connect may take.
+    pub connect_timeout: Duration,
+}
+
+impl Default for TransportConfig {
+    fn default() -> Self {
+        Self {
+            stream_window_bytes: 64 << 20,
+            connection_window_bytes: 128 << 20,
+            send_window_bytes: 128 << 20,
+            idle_timeout: Duration::from_secs(3),
+            keep_alive: Duration::from_secs(1),
+            max_streams: 1024,
+            socket_buffer_bytes: 8 << 20,
+            max_udp_payload_bytes: 8952,
+            loopback_udp_payload_bytes: 16384,
+            connect_timeout: Duration::from_secs(5),
+        }
+    }
+}
+
+impl TransportConfig {
+    /// Settings of quinn's own for a peer at a loopback address or not.
+    pub(crate) fn quinn(
+        &self,
+        loopback: bool,
+    ) -> Result<Arc<quinn::TransportConfig>, TransportError> {
+        let idle = quinn::IdleTimeout::try_from(self.idle_timeout).map_err(|_| {
+            TransportError::Setting {
+                name: "idle_timeout",
+                rule: "must be below 2^62 milliseconds",
+            }
+        })?;
+        if self.keep_alive * 2 > self.idle_timeout {
+            return Err(TransportError::Setting {
+                name: "keep_alive",
+                rule: "must be at most half of idle_timeout, or a quiet peer counts as lost",
+            });
+        }
+        let mut discovery = quinn::MtuDiscoveryConfig::default();
+        let mut quic = quinn::TransportConfig::default();
+        if loopback {
+            quic.initial_mtu(self.loopback_udp_payload_bytes);
+            discovery.upper_bound(self.loopback_udp_payload_bytes);
+        } else {
+            discovery.upper_bound(self.max_udp_payload_bytes);
+        }
+        quic.mtu_discovery_config(Some(discovery))
+            .stream_receive_window(self.stream_window_bytes.into())
+            .receive_window(self.connection_window_bytes.into())
+            .send_window(self.send_window_bytes)
+            .max_idle_timeout(Some(idle))
+            .keep_alive_interval(Some(self.keep_alive))
+            .max_concurrent_bidi_streams(self.max_streams.into())
+            .max_concurrent_uni_streams(0u32.into())
+            .datagram_receive_buffer_size(None)
+            // Streams of equal priority go out in the order written: a bucket that is complete is worth
+            // more than two that are half there.
+            .send_fairness(false);
+        Ok(Arc::new(quic))
+    }
+
+    /// Largest UDP payload to accept, bytes.
+    pub(crate) fn endpoint(&self) -> quinn::EndpointConfig {
+        let mut config = quinn::EndpointConfig::default();
+        let largest = self
+            .max_udp_payload_bytes
+            .max(self.loopback_udp_payload_bytes)
+            .clamp(1200, 65527);
+        config
+            .max_udp_payload_size(largest)
+            .expect("clamped to what QUIC allows");
+        config
+    }
+}
