@@ -3,9 +3,11 @@
 //! | module | room for |
 //! |---|---|
 //! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
+//! | [`memory`] | a whole job in one process, without sockets |
 //! | [`step`] | one training step as a machine without sockets |
 //! | [`reducer`] | what a trainer sees |
 
 pub mod backend;
+pub mod memory;
 pub mod reducer;
 pub mod step;

@@ -1,0 +1,215 @@
+//! Shards and the wires to them, without sockets.
+
+use crate::step::Outgoing;
+use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
+use arc_topk_common::plan::PlanSpec;
+use arc_topk_common::wire::{Control, FrameHeader, Hello, PROTOCOL_VERSION};
+use arc_topk_ps::shard::{Action, Event, Report, SessionId, Shard, ShardConfig};
+use bytes::Bytes;
+use core::time::Duration;
+
+/// What a shard sends to a worker.
+#[derive(Debug)]
+pub(super) enum Delivery {
+    Round {
+        shard: ShardId,
+        header: FrameHeader,
+        body: Bytes,
+    },
+    Epoch(Epoch),
+    Refused {
+        shard: ShardId,
+        code: String,
+        detail: String,
+    },
+}
+
+/// The real shard machines. Rank q is session q everywhere.
+pub(super) struct Network {
+    shards: Vec<Shard>,
+    actions: Vec<Action>,
+    /// Events so far: the machines' clock, in milliseconds.
+    events: u64,
+}
+
+impl Network {
+    /// Starts the shards and introduces all workers to them. What they answer goes to `deliver`.
+    pub(super) fn connect(
+        spec: &PlanSpec,
+        world: u16,
+        min_workers: u16,
+        start: Step,
+        deliver: &mut dyn FnMut(Rank, Delivery),
+    ) -> Self {
+        let config = |shard| ShardConfig {
+            shard: ShardId(shard),
+            shards: spec.shards,
+            job: JOB.to_owned(),
+            world,
+            min_workers,
+        };
+        let shards = (0..spec.shards)
+            .map(|shard| Shard::new(config(shard)))
+            .collect();
+        let mut network = Self {
+            shards,
+            actions: Vec::new(),
+            events: 0,
+        };
+        for shard in 0..spec.shards {
+            for rank in 0..world {
+                let hello = Box::new(hello(spec, world, Rank(rank), ShardId(shard), start));
+                network.handle(
+                    ShardId(shard),
+                    Event::Hello {
+                        session: session(Rank(rank)),
+                        hello,
+                    },
+                    deliver,
+                );
+            }
+        }
+        network
+    }
+
+    /// A worker's frame arrives.
+    pub(super) fn frame(
+        &mut self,
+        rank: Rank,
+        frame: Outgoing,
+        deliver: &mut dyn FnMut(Rank, Delivery),
+    ) {
+        let Outgoing {
+            shard,
+            header,
+            body,
+            ..
+        } = frame;
+        self.handle(
+            shard,
+            Event::Round {
+                session: session(rank),
+                header,
+                body,
+            },
+            deliver,
+        );
+    }
+
+    /// A worker is gone: its sessions with all shards are closed, or left in order.
+    pub(super) fn remove(
+        &mut self,
+        rank: Rank,
+        in_order: bool,
+        deliver: &mut dyn FnMut(Rank, Delivery),
+    ) {
+        for shard in 0..self.shards.len() as u16 {
+            let session = session(rank);
+            let event = if in_order {
+                Event::Leave { session }
+            } else {
+                Event::Closed {
+                    session,
+                    reason: "taken out of the memory cluster".to_owned(),
+                }
+            };
+            self.handle(ShardId(shard), event, deliver);
+        }
+    }
+
+    /// A worker's report for shard 0's status.
+    pub(super) fn report(
+        &mut self,
+        rank: Rank,
+        report: Report,
+        deliver: &mut dyn FnMut(Rank, Delivery),
+    ) {
+        self.handle(
+            ShardId(0),
+            Event::Report {
+                session: session(rank),
+                report,
+            },
+            deliver,
+        );
+    }
+
+    /// A shard, to look at.
+    pub(super) fn shard(&self, shard: ShardId) -> &Shard {
+        &self.shards[shard.index()]
+    }
+
+    fn handle(&mut self, shard: ShardId, event: Event, deliver: &mut dyn FnMut(Rank, Delivery)) {
+        self.events += 1;
+        self.shards[shard.index()].handle(
+            Duration::from_millis(self.events),
+            event,
+            &mut self.actions,
+        );
+        for action in self.actions.drain(..) {
+            match action {
+                Action::Round {
+                    session,
+                    header,
+                    body,
+                } => {
+                    deliver(
+                        rank(session),
+                        Delivery::Round {
+                            shard,
+                            header,
+                            body,
+                        },
+                    );
+                }
+                Action::Control { session, message } => {
+                    if let Some(delivery) = control(shard, message) {
+                        deliver(rank(session), delivery);
+                    }
+                }
+                // A refusal went ahead of the close.
+                Action::Close { .. } | Action::Observe(_) => {}
+            }
+        }
+    }
+}
+
+const JOB: &str = "memory";
+
+fn session(rank: Rank) -> SessionId {
+    SessionId(u64::from(rank.0))
+}
+
+fn rank(session: SessionId) -> Rank {
+    Rank(session.0 as u16)
+}
+
+fn control(shard: ShardId, message: Control) -> Option<Delivery> {
+    match message {
+        Control::Welcome(welcome) => Some(Delivery::Epoch(welcome.epoch)),
+        // Shard 0 coordinates: its epochs count.
+        Control::Membership { epoch, .. } if shard.0 == 0 => Some(Delivery::Epoch(epoch)),
+        Control::Refused { code, detail } => Some(Delivery::Refused {
+            shard,
+            code: format!("{code:?}"),
+            detail,
+        }),
+        _ => None,
+    }
+}
+
+fn hello(spec: &PlanSpec, world: u16, rank: Rank, shard: ShardId, start: Step) -> Hello {
+    let mut incarnation = [0; 16];
+    incarnation[..2].copy_from_slice(&rank.0.to_le_bytes());
+    Hello {
+        protocol: PROTOCOL_VERSION,
+        job: JOB.to_owned(),
+        incarnation,
+        rank: Some(rank),
+        world: Some(world),
+        start_step: start,
+        shard: shard.0,
+        host: format!("memory:{rank}"),
+        plan: spec.clone(),
+    }
+}
