@@ -419,9 +419,18 @@ fn deal(parts: Vec<(u64, Vec<Segment>)>, load: &mut [u64]) -> Vec<Vec<Segment>> 
 pub(super) fn imbalance(plan: &Plan, bucket: &BucketPlan) -> (u64, u64) {
     let piece = |t: &TensorId| Piece::new(&plan.spec.algorithm, &plan.tensors[t.index()]);
     let cost = |s: &Segment| s.rows() as u64 * piece(&s.tensor).row_cost;
-    let highest = bucket.segments.iter().map(|part| part.iter().map(cost).sum::<u64>()).max();
+    let highest = bucket
+        .segments
+        .iter()
+        .map(|part| part.iter().map(cost).sum::<u64>())
+        .max();
     let total: u64 = bucket.tensors.iter().map(|t| piece(t).cost()).sum();
     let step = |p: Piece| p.rows.min(p.min_rows + p.quantum) as u64 * p.row_cost;
     let coarsest = bucket.tensors.iter().map(|t| step(piece(t))).max();
-    (highest.unwrap_or(0).saturating_sub(total / bucket.segments.len() as u64), 2 * coarsest.unwrap_or(0) + 1)
+    (
+        highest
+            .unwrap_or(0)
+            .saturating_sub(total / bucket.segments.len() as u64),
+        2 * coarsest.unwrap_or(0) + 1,
+    )
 }

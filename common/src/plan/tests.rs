@@ -15,7 +15,11 @@ fn tensor(name: &str, shape: &[u64]) -> TensorSpec {
 
 fn spec(shards: u16, tensors: Vec<TensorSpec>) -> PlanSpec {
     PlanSpec {
-        algorithm: AlgorithmConfig::default(),
+        algorithm: AlgorithmConfig {
+            density: 0.2,
+            sketch_rank: 4,
+            ..AlgorithmConfig::default()
+        },
         shards,
         tensors,
     }
@@ -137,7 +141,7 @@ fn tensors_too_small_to_cut_go_round_the_shards() {
     spec.algorithm.bucket_bytes = 4096;
     let plan = Plan::build(spec).unwrap();
     assert_eq!(plan.buckets.len(), 6);
-    let owned = |shard| {
+    let owned = |shard: usize| {
         plan.buckets
             .iter()
             .filter(|b| !b.segments[shard].is_empty())
@@ -277,8 +281,20 @@ fn differences_name_the_first_mismatch() {
 
 #[test]
 fn the_hash_is_the_same_on_every_machine() {
-    let hex: String = small().hash().iter().map(|b| format!("{b:02x}")).collect();
-    assert_eq!(hex, "HASH");
+    let mut spec = small();
+    // Not the defaults, which may be tuned.
+    spec.algorithm = AlgorithmConfig {
+        density: 0.2,
+        warmup_updates: 20,
+        ramp_updates: 0,
+        quant_block: 64,
+        ..spec.algorithm
+    };
+    let hex: String = spec.hash().iter().map(|b| format!("{b:02x}")).collect();
+    assert_eq!(
+        hex,
+        "0758dffb6fcb89b42b832f5650f628ceeda2c102756daa539eb1e7afb1ae19d9"
+    );
 }
 
 fn any_spec() -> impl Strategy<Value = PlanSpec> {
@@ -364,6 +380,9 @@ proptest! {
     #[test]
     fn cutting_barely_raises_the_density(spec in any_spec()) {
         let plan = Plan::build(spec).unwrap();
+        if plan.spec.algorithm.compressor == Compressor::Dense {
+            return Ok(());
+        }
         let density = plan.spec.algorithm.density;
         for tensor in plan.tensors.iter().filter(|t| t.sparse) {
             let segments = plan.buckets.iter().flat_map(|b| b.segments.iter().flatten()).filter(|s| s.tensor == tensor.id);

@@ -24,7 +24,11 @@ mod error;
 mod header;
 mod plan_spec;
 mod round;
+#[cfg(test)]
+mod round_tests;
 mod selection;
+#[cfg(test)]
+mod tests;
 
 pub use control::{MAX_DETAIL_BYTES, MAX_HOST_BYTES, MAX_JOB_BYTES, MAX_WORLD};
 pub use error::{Blame, WireError};
