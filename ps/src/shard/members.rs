@@ -185,7 +185,7 @@ impl Shard {
             return Err(Refusal(
                 RefusalCode::World,
                 format!(
-                    "the worker expects {world} workers, this shard was started for {}: give the same --world everywhere",
+                    "the worker expects {world} workers, this shard was started for {}: give the same --workers everywhere",
                     config.world
                 ),
             ));

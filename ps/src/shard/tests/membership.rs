@@ -1,0 +1,216 @@
+use super::*;
+
+fn welcomes(actions: &[Action]) -> Vec<(u64, u16)> {
+    let of = |(session, message)| match message {
+        Control::Welcome(welcome) => Some((session, welcome.rank.0)),
+        _ => None,
+    };
+    messages(actions).into_iter().filter_map(of).collect()
+}
+
+fn empty(world: u16) -> (Bench, PlanSpec) {
+    let spec = spec(algorithm(Compressor::Arc));
+    let plan = Plan::build(spec.clone()).unwrap();
+    (
+        Bench {
+            shard: Shard::new(config(world)),
+            now: Duration::ZERO,
+            plan,
+        },
+        spec,
+    )
+}
+
+#[test]
+fn ranks_asked_for_are_honoured_and_the_rest_filled_in_order() {
+    let (mut bench, spec) = empty(3);
+    let first = bench.hello(7, hello(&spec));
+    assert_eq!(
+        messages(&first),
+        [(
+            7,
+            Control::Waiting {
+                joined: 1,
+                world: 3
+            }
+        )]
+    );
+    bench.hello(
+        8,
+        Hello {
+            rank: Some(Rank(0)),
+            ..hello(&spec)
+        },
+    );
+    let last = bench.hello(9, hello(&spec));
+    assert_eq!(welcomes(&last), [(8, 0), (7, 1), (9, 2)]);
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Running);
+}
+
+#[test]
+fn a_worker_that_goes_while_gathering_makes_room() {
+    let (mut bench, spec) = empty(2);
+    bench.hello(
+        1,
+        Hello {
+            rank: Some(Rank(0)),
+            ..hello(&spec)
+        },
+    );
+    bench.lose(1);
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+    bench.hello(
+        2,
+        Hello {
+            rank: Some(Rank(0)),
+            ..hello(&spec)
+        },
+    );
+    let started = bench.hello(3, hello(&spec));
+    assert_eq!(welcomes(&started), [(2, 0), (3, 1)]);
+}
+
+#[test]
+fn other_shards_welcome_at_once_and_wait_for_the_others_in_rounds() {
+    let mut spec = spec(algorithm(Compressor::Dense));
+    spec.shards = 2;
+    let plan = Plan::build(spec.clone()).unwrap();
+    let shard = Shard::new(ShardConfig {
+        shard: ShardId(1),
+        shards: 2,
+        ..config(2)
+    });
+    let mut bench = Bench {
+        shard,
+        now: Duration::ZERO,
+        plan,
+    };
+    let other = |rank| Hello {
+        rank: Some(Rank(rank)),
+        shard: 1,
+        ..hello(&spec)
+    };
+    assert_eq!(welcomes(&bench.hello(5, other(1))), [(5, 1)]);
+    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
+    let body = vec![0; shape.dense_layout().bytes];
+    assert!(!body.is_empty());
+    assert_eq!(
+        answers(&bench.send(5, 0, FrameKind::Dense, body.clone())),
+        []
+    );
+    assert_eq!(welcomes(&bench.hello(6, other(0))), [(6, 0)]);
+    assert_eq!(answers(&bench.send(6, 0, FrameKind::Dense, body)).len(), 2);
+}
+
+#[test]
+fn a_rank_that_never_comes_is_given_up_after_the_grace() {
+    let mut spec = spec(algorithm(Compressor::Dense));
+    spec.shards = 2;
+    let plan = Plan::build(spec.clone()).unwrap();
+    let shard = Shard::new(ShardConfig {
+        shard: ShardId(1),
+        shards: 2,
+        ..config(2)
+    });
+    let mut bench = Bench {
+        shard,
+        now: Duration::ZERO,
+        plan,
+    };
+    bench.hello(
+        5,
+        Hello {
+            rank: Some(Rank(1)),
+            shard: 1,
+            ..hello(&spec)
+        },
+    );
+    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
+    let body = vec![0; shape.dense_layout().bytes];
+    bench.send(5, 0, FrameKind::Dense, body);
+    assert_eq!(bench.handle(Event::Tick), []);
+    bench.now += JOIN_GRACE;
+    let actions = bench.handle(Event::Tick);
+    assert_eq!(answers(&actions).len(), 1);
+    assert_eq!(closed_round(&actions).unwrap().outcome, Outcome::Partial);
+}
+
+#[test]
+fn a_lost_worker_raises_the_epoch_and_the_rest_is_told() {
+    let mut bench = Bench::running(3, Compressor::Arc);
+    let actions = bench.lose(1);
+    let reason = "rank 1 (host:1) was lost: timed out".to_owned();
+    let message = Control::Membership {
+        epoch: Epoch(2),
+        members: vec![Rank(0), Rank(2)],
+        reason,
+    };
+    assert_eq!(messages(&actions), [(0, message.clone()), (2, message)]);
+    assert_eq!(bench.lose(1), [], "a session is lost once");
+}
+
+#[test]
+fn too_few_workers_end_the_job_for_all() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(2)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Arc));
+    let (session, code, detail) = refusals(&bench.lose(0)).remove(0);
+    assert_eq!((session, code), (1, RefusalCode::TooFewWorkers));
+    assert_eq!(
+        detail,
+        "1 of the at least 2 workers are left (rank 0 (host:1) was lost: timed out): start the job again from its last checkpoint, or lower --min-workers"
+    );
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
+#[test]
+fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(2)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let actions = bench.handle(Event::Leave {
+        session: SessionId(0),
+    });
+    assert_eq!(refusals(&actions), []);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    let actions = bench.send(1, 0, FrameKind::Dense, vec![0; bytes]);
+    assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
+}
+
+#[test]
+fn after_all_left_the_job_can_start_again() {
+    let mut bench = Bench::running(2, Compressor::Arc);
+    bench.handle(Event::Leave {
+        session: SessionId(0),
+    });
+    let actions = bench.lose(1);
+    assert!(actions.contains(&Action::Observe(Observation::Emptied)));
+    let other = spec(AlgorithmConfig {
+        density: 0.25,
+        ..algorithm(Compressor::Arc)
+    });
+    let restart = Hello {
+        start_step: Step(40),
+        ..hello(&other)
+    };
+    bench.hello(10, restart.clone());
+    assert_eq!(welcomes(&bench.hello(11, restart)), [(10, 0), (11, 1)]);
+    assert_eq!(bench.shard.status(bench.now).step, Step(40));
+}
+
+#[test]
+fn shutdown_tells_everyone() {
+    let mut bench = Bench::running(2, Compressor::Arc);
+    let actions = bench.handle(Event::Shutdown {
+        reason: "SIGTERM".to_owned(),
+    });
+    let codes: Vec<_> = refusals(&actions).into_iter().map(|r| (r.0, r.1)).collect();
+    assert_eq!(
+        codes,
+        [(0, RefusalCode::Shutdown), (1, RefusalCode::Shutdown)]
+    );
+}

@@ -1,0 +1,280 @@
+//! Every refusal, with its text; the other workers go on.
+
+use super::*;
+
+/// A hello to a shard where one of two workers waits; its refusal, and that the other one was left alone.
+fn refused(change: impl FnOnce(&mut Hello)) -> (RefusalCode, String) {
+    let spec = spec(algorithm(Compressor::Arc));
+    let plan = Plan::build(spec.clone()).unwrap();
+    let mut bench = Bench {
+        shard: Shard::new(config(2)),
+        now: Duration::ZERO,
+        plan,
+    };
+    bench.hello(
+        0,
+        Hello {
+            rank: Some(Rank(1)),
+            host: "first:42".to_owned(),
+            ..hello(&spec)
+        },
+    );
+    let mut second = hello(&spec);
+    change(&mut second);
+    let actions = bench.hello(1, second);
+    let mut refusals = refusals(&actions);
+    assert_eq!(refusals.len(), 1);
+    let (session, code, detail) = refusals.remove(0);
+    assert_eq!(session, 1);
+    bench.hello(2, hello(&spec));
+    assert!(bench.shard.is_running(), "the others go on");
+    (code, detail)
+}
+
+#[test]
+fn hellos() {
+    let cases = [
+        (
+            refused(|h| h.protocol = 9),
+            RefusalCode::Version,
+            "the worker speaks protocol 9 and this shard 1: install the same release of arc-topk on both",
+        ),
+        (
+            refused(|h| h.job = "other".to_owned()),
+            RefusalCode::Job,
+            "this shard serves job \"job\", the worker belongs to job \"other\": check --job on both, and the shards' addresses",
+        ),
+        (
+            refused(|h| h.shard = 1),
+            RefusalCode::Shard,
+            "this is shard 0, but it stands at position 1 of the worker's list: give every worker the shards' addresses in the order of their index",
+        ),
+        (
+            refused(|h| h.world = Some(3)),
+            RefusalCode::World,
+            "the worker expects 3 workers, this shard was started for 2: give the same --workers everywhere",
+        ),
+        (
+            refused(|h| h.rank = Some(Rank(2))),
+            RefusalCode::Rank,
+            "rank 2 is out of range: a world of 2 has ranks 0 to 1",
+        ),
+        (
+            refused(|h| h.rank = Some(Rank(1))),
+            RefusalCode::Rank,
+            "rank 1 is taken by first:42: give every worker a --rank of its own, or none to have one given (a worker that died is forgotten after 3 s)",
+        ),
+        (
+            refused(|h| h.plan.shards = 2),
+            RefusalCode::Plan,
+            "the worker was given 2 shards, this shard was started as one of 1: give every worker all shards' addresses and every shard --shards",
+        ),
+        (
+            refused(|h| h.plan.algorithm.density = 0.25),
+            RefusalCode::Plan,
+            "the worker's plan differs from that of the workers that are here: density: 0.5 here, 0.25 there; give all workers the same model and settings",
+        ),
+        (
+            refused(|h| h.start_step = Step(5)),
+            RefusalCode::Step,
+            "the worker starts at step 5, the others at step 0: resume all workers from checkpoints of one step",
+        ),
+    ];
+    for ((code, detail), expected, text) in cases {
+        assert_eq!((code, detail.as_str()), (expected, text));
+    }
+}
+
+#[test]
+fn a_plan_that_cannot_be_built() {
+    let mut spec = spec(algorithm(Compressor::Arc));
+    spec.algorithm.density = 0.0;
+    let mut shard = Shard::new(config(1));
+    let mut actions = Vec::new();
+    let event = Event::Hello {
+        session: SessionId(0),
+        hello: Box::new(hello(&spec)),
+    };
+    shard.handle(Duration::ZERO, event, &mut actions);
+    let (_, code, detail) = refusals(&actions).remove(0);
+    assert_eq!(code, RefusalCode::Plan);
+    assert!(detail.contains("density"), "{detail}");
+    assert_eq!(shard.status(Duration::ZERO).stage, Stage::Empty);
+}
+
+#[test]
+fn a_plan_above_the_limit() {
+    let limits = Limits {
+        elements: 10,
+        ..Limits::default()
+    };
+    let mut shard = Shard::with_limits(config(1), limits);
+    let mut actions = Vec::new();
+    let event = Event::Hello {
+        session: SessionId(0),
+        hello: Box::new(hello(&spec(algorithm(Compressor::Arc)))),
+    };
+    shard.handle(Duration::ZERO, event, &mut actions);
+    assert_eq!(
+        refusals(&actions)[0].2,
+        "the plan has 17 elements, above this shard's limit of 10: use more shards or a smaller model"
+    );
+}
+
+#[test]
+fn a_running_job_takes_nobody() {
+    let mut bench = Bench::running(2, Compressor::Arc);
+    let spec = bench.plan.spec.clone();
+    let (_, code, detail) = refusals(&bench.hello(9, hello(&spec))).remove(0);
+    assert_eq!(code, RefusalCode::World);
+    assert!(
+        detail.starts_with("the job runs already with 2 of 2 workers at step 0"),
+        "{detail}"
+    );
+}
+
+/// Sends one frame as rank 1 of 3 after rank 0 sent a good one; the refusal's text. Ranks 0 and 2 then finish the phase.
+fn broken(change: impl FnOnce(&mut FrameHeader, &mut Vec<u8>)) -> String {
+    let mut bench = Bench::running(3, Compressor::Arc);
+    let good = vec![0; bench.shape(0).sketch_layout().bytes];
+    bench.send(0, 0, FrameKind::Sketch, good.clone());
+    let (mut head, mut body) = (header(FrameKind::Sketch, 0, good.len()), good.clone());
+    change(&mut head, &mut body);
+    let actions = bench.frame(1, head, body);
+    let mut refusals = refusals(&actions);
+    assert_eq!(refusals.len(), 1);
+    let (session, code, detail) = refusals.remove(0);
+    assert_eq!((session, code), (1, RefusalCode::Protocol));
+    let answers = answers(&bench.send(2, 0, FrameKind::Sketch, good));
+    let got: Vec<_> = answers
+        .iter()
+        .map(|(session, header, _)| (*session, header.flags.counted))
+        .collect();
+    assert_eq!(got, [(0, true), (2, true)]);
+    detail
+}
+
+#[test]
+fn frames() {
+    let same = "; run the same release with the same plan everywhere";
+    let cases = [
+        (
+            broken(|h, b| {
+                b.pop();
+                h.body_bytes -= 1;
+            }),
+            format!("a Sketch body of this round has 60 bytes, but 59 came: the peers' plans differ{same}"),
+        ),
+        (broken(|h, _| h.body_bytes = 3), "a frame's header says 3 bytes, its body has 60".to_owned()),
+        (
+            broken(|h, _| h.bucket = BucketId(7)),
+            "a frame names bucket 7, but the plan has 1: run the same release with the same plan everywhere".to_owned(),
+        ),
+        (
+            broken(|h, _| h.step = Step(9)),
+            "a frame came for step 9, bucket 0, which is not open yet: this shard is at step 0 and takes steps 0 to 1; resume all workers from checkpoints of one step".to_owned(),
+        ),
+        (
+            broken(|h, _| h.update = 4),
+            "rank 1 is at update 4 in step 0, but rank 0 is at update 0: their schedules have come apart; resume all workers from one checkpoint".to_owned(),
+        ),
+        (
+            broken(|h, _| h.kind = FrameKind::Values),
+            "a Values frame came where the round gathers Sketch: worker and shard disagree about the phase or the compressor; run the same release everywhere".to_owned(),
+        ),
+        (
+            broken(|h, _| h.kind = FrameKind::Selection),
+            "a Selection frame came where the round gathers Sketch: worker and shard disagree about the phase or the compressor; run the same release everywhere".to_owned(),
+        ),
+        (
+            broken(|h, _| h.flags.non_finite = true),
+            "a frame flagged non-finite must have an empty body, but 60 bytes came; run the same release everywhere".to_owned(),
+        ),
+    ];
+    for (detail, expected) in cases {
+        assert_eq!(detail, expected);
+    }
+}
+
+#[test]
+fn a_duplicate_removes_its_sender_but_its_contribution_counts_once() {
+    let mut bench = Bench::running(2, Compressor::Arc);
+    let good = vec![0; bench.shape(0).sketch_layout().bytes];
+    bench.send(0, 0, FrameKind::Sketch, good.clone());
+    let actions = bench.send(0, 0, FrameKind::Sketch, good.clone());
+    assert_eq!(
+        refusals(&actions)[0].2,
+        "rank 0 sent its Sketch frame twice, but a contribution counts once; run the same release everywhere"
+    );
+    assert_eq!(answers(&bench.send(1, 0, FrameKind::Sketch, good)).len(), 1);
+}
+
+#[test]
+fn a_closed_step_stays_closed() {
+    let mut bench = Bench::running(1, Compressor::Dense);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
+    let actions = bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
+    assert!(refusals(&actions)[0].2.starts_with(
+        "a frame came for step 0, bucket 0, which is closed: this shard is at step 1"
+    ));
+}
+
+#[test]
+fn an_update_number_cannot_jump() {
+    let mut bench = Bench::running(1, Compressor::Dense);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
+    let mut head = header(FrameKind::Dense, 1, bytes);
+    head.update = 2;
+    let actions = bench.frame(0, head, vec![0; bytes]);
+    assert!(
+        refusals(&actions)[0]
+            .2
+            .contains("an update number grows by at most one a step")
+    );
+}
+
+#[test]
+fn rounds_before_hello_and_unreadable_peers() {
+    let mut bench = Bench::running(2, Compressor::Arc);
+    let actions = bench.send(9, 0, FrameKind::Sketch, Vec::new());
+    assert_eq!(
+        refusals(&actions),
+        [(
+            9,
+            RefusalCode::Protocol,
+            "a round frame came before the Welcome: say Hello and wait for it".to_owned()
+        )]
+    );
+    let detail = "nonsense".to_owned();
+    let actions = bench.handle(Event::Violation {
+        session: SessionId(1),
+        detail: detail.clone(),
+    });
+    assert_eq!(refusals(&actions), [(1, RefusalCode::Protocol, detail)]);
+    let spec = bench.plan.spec.clone();
+    let actions = bench.hello(0, hello(&spec));
+    assert!(refusals(&actions)[0].2.starts_with("a second Hello"));
+}
+
+#[test]
+fn parked_bytes_are_bounded() {
+    let spec = spec(algorithm(Compressor::Arc));
+    let limits = Limits {
+        parked_bytes_per_session: 40,
+        ..Limits::default()
+    };
+    let mut bench = Bench {
+        shard: Shard::with_limits(config(2), limits),
+        now: Duration::ZERO,
+        plan: Plan::build(spec.clone()).unwrap(),
+    };
+    bench.hello(0, hello(&spec));
+    bench.hello(1, hello(&spec));
+    let actions = bench.send(1, 0, FrameKind::Sketch, vec![0; 60]);
+    assert_eq!(
+        refusals(&actions)[0].2,
+        "60 bytes of rank 1 would wait here for other workers, above the limit of 40: use more shards or smaller buckets"
+    );
+}
