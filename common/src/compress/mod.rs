@@ -12,6 +12,9 @@ pub mod round;
 pub mod select;
 pub(crate) mod simd;
 
+#[cfg(test)]
+mod properties;
+
 pub use projection::projection;
 pub use select::{
     PooledSegment, pooled_budget, randk_rows, rows_to_keep, score, select_pooled, select_top_k,
