@@ -1,5 +1,6 @@
-//! What ALGORITHM's rules promise, and one test for each way in which other implementations break them
-//! ("traps", numbered as in the paper's notes kept in ARCHITECTURE.md) that is a matter of mathematics.
+//! What the rules promise, and one test for each way in which implementations of them commonly break ("traps") that
+//! is a matter of mathematics. The numbers are those of the project's list of twelve; the others concern
+//! whole jobs and are tested where those are.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::fast::Fast;
