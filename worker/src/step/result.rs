@@ -2,14 +2,7 @@
 
 use arc_topk_common::ids::TensorId;
 
-/// Which rows of a tensor's result are fresh.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum RowsCame<'a> {
-    /// All of them.
-    All,
-    /// These, ascending.
-    Rows(&'a [u32]),
-}
+pub use arc_topk_common::optim::RowsCame;
 
 /// The result of one tensor: what the optimizer gets instead of the gradient.
 #[derive(Clone, Copy, Debug)]

@@ -1,0 +1,3 @@
+//! One whole step of one worker in memory.
+
+fn main() {}
