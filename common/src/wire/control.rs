@@ -41,6 +41,23 @@ impl RefusalCode {
         Self::Shard,
     ];
 
+    /// The code as a word, for metrics and logs.
+    #[must_use]
+    pub fn label(self) -> &'static str {
+        match self {
+            Self::Version => "version",
+            Self::Job => "job",
+            Self::Plan => "plan",
+            Self::Rank => "rank",
+            Self::World => "world",
+            Self::Step => "step",
+            Self::Protocol => "protocol",
+            Self::TooFewWorkers => "too_few_workers",
+            Self::Shutdown => "shutdown",
+            Self::Shard => "shard",
+        }
+    }
+
     /// The code with this number (it is also the QUIC close code).
     #[must_use]
     pub fn from_number(number: u64) -> Option<Self> {

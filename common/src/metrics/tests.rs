@@ -1,0 +1,122 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use super::*;
+use prometheus::proto::MetricType;
+
+/// Gauges that count or measure something without a unit.
+const UNITLESS: [&str; 10] = [
+    "arc_build_info",
+    "arc_members",
+    "arc_world_size",
+    "arc_epoch",
+    "arc_open_rounds",
+    "arc_step",
+    "arc_training_loss",
+    "arc_validation_loss",
+    "arc_gradient_norm",
+    "arc_learning_rate",
+];
+
+fn exercised() -> [Registry; 2] {
+    let figures = ConnectionFigures {
+        round_trip_seconds: 0.01,
+        congestion_window_bytes: 9,
+        lost_packets: 1,
+        sent_bytes: 5,
+        received_bytes: 6,
+    };
+    let shard = ShardMetrics::new();
+    shard.observe_connection(0, figures);
+    shard.refused(crate::wire::RefusalCode::Plan);
+    shard.waited(1, 0.5);
+    let worker = WorkerMetrics::new();
+    worker.observe_connection(0, figures);
+    [shard.registry, worker.registry]
+}
+
+#[test]
+fn names_are_legal_and_every_metric_has_a_help_text() {
+    for registry in exercised() {
+        let families = registry.gather();
+        assert!(families.len() > 15);
+        for family in families {
+            let name = family.name();
+            assert!(
+                name.starts_with("arc_")
+                    && name.bytes().all(|b| b.is_ascii_lowercase() || b == b'_'),
+                "{name}"
+            );
+            assert!(family.help().len() > 10, "{name} needs a help text");
+            let unit = ["_seconds", "_bytes", "_ratio"]
+                .iter()
+                .any(|unit| name.ends_with(unit));
+            match family.get_field_type() {
+                MetricType::COUNTER => assert!(name.ends_with("_total"), "{name}"),
+                MetricType::HISTOGRAM => assert!(unit, "{name}"),
+                _ => assert!(unit || UNITLESS.contains(&name), "{name}"),
+            }
+        }
+    }
+}
+
+#[test]
+fn connection_counters_take_the_growth() {
+    let metrics = WorkerMetrics::new();
+    let lost = |lost_packets| ConnectionFigures {
+        lost_packets,
+        ..ConnectionFigures::default()
+    };
+    for packets in [3, 5, 2] {
+        metrics.observe_connection(1, lost(packets));
+    }
+    assert!(
+        metrics
+            .text()
+            .contains("arc_quic_lost_packets_total{peer=\"1\"} 7\n"),
+        "3, 2 more, 2 of a new connection"
+    );
+    metrics.forget_connection(1);
+    assert!(!metrics.text().contains("arc_quic_round_trip_seconds{"));
+}
+
+#[test]
+fn labels_are_bounded() {
+    let metrics = ShardMetrics::new();
+    (0..u16::MAX)
+        .step_by(7)
+        .for_each(|rank| metrics.waited(rank, 1.0));
+    let series = metrics
+        .text()
+        .lines()
+        .filter(|line| line.starts_with("arc_straggler_wait_seconds_total{"))
+        .count();
+    assert!(series <= usize::from(MAX_PEER_LABELS) + 1);
+}
+
+#[test]
+fn measurements_that_are_missing_keep_the_value_before() {
+    let metrics = WorkerMetrics::new();
+    metrics.set_compression(Some(0.2), Some(0.7), None);
+    metrics.set_compression(Some(0.1), Some(f64::NAN), Some(2.0));
+    let text = metrics.text();
+    for line in [
+        "arc_density_ratio 0.1",
+        "arc_captured_energy_ratio 0.7",
+        "arc_residual_gradient_ratio 2",
+    ] {
+        assert!(text.contains(&format!("{line}\n")), "{line}");
+    }
+}
+
+#[test]
+fn bytes_are_told_apart_from_the_start() {
+    let metrics = ShardMetrics::new();
+    metrics.add_bytes(Traffic::of(FrameKind::Mean), Flow::Down, 12);
+    let text = metrics.text();
+    assert!(
+        text.contains("arc_communication_bytes_total{direction=\"down\",kind=\"values\"} 12\n")
+    );
+    assert!(text.contains("arc_communication_bytes_total{direction=\"up\",kind=\"sketch\"} 0\n"));
+    assert!(text.contains("arc_rounds_total{outcome=\"non_finite\"} 0\n"));
+    assert!(text.contains("arc_build_info{component=\"shard\",version="));
+}
