@@ -144,7 +144,7 @@ fn from_file(
         match value {
             Value::Table(inner) if SECTIONS.contains(&key.as_str()) => {
                 if key == section {
-                    for key in inner.keys().filter(|key| !own.contains(*key)) {
+                    if let Some(key) = inner.keys().find(|key| !own.contains(*key)) {
                         return Err(unknown(file, &format!("{section}.{key}"), key, &own));
                     }
                 }

@@ -9,6 +9,8 @@ pub mod algorithm;
 pub mod layers;
 pub mod process;
 pub mod setting;
+#[cfg(test)]
+mod tests;
 pub mod train;
 
 pub use algorithm::AlgorithmConfig;

@@ -31,7 +31,7 @@ fn exercised() -> [Registry; 2] {
     shard.waited(1, 0.5);
     let worker = WorkerMetrics::new();
     worker.observe_connection(0, figures);
-    [shard.registry, worker.registry]
+    [shard.registry().clone(), worker.registry().clone()]
 }
 
 #[test]

@@ -1,0 +1,301 @@
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use super::*;
+use crate::config::algorithm::{Compressor, ValueType};
+use clap::{CommandFactory, Parser, Subcommand};
+use std::ffi::OsString;
+use std::path::PathBuf;
+
+#[derive(Parser, Debug)]
+#[command(name = "arc-worker")]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand, Debug)]
+enum Command {
+    Train(Box<Train>),
+    Local(Box<Local>),
+    Ps(Box<Ps>),
+}
+
+#[derive(clap::Args, Debug)]
+struct Train {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    certs: CertArgs,
+    #[command(flatten)]
+    peers: PeerArgs,
+    #[command(flatten)]
+    algorithm: AlgorithmConfig,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(clap::Args, Debug)]
+struct Local {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    local: LocalArgs,
+    #[command(flatten)]
+    algorithm: AlgorithmConfig,
+    #[command(flatten)]
+    train: TrainArgs,
+}
+
+#[derive(clap::Args, Debug)]
+struct Ps {
+    #[command(flatten)]
+    common: CommonArgs,
+    #[command(flatten)]
+    certs: CertArgs,
+    #[command(flatten)]
+    shard: ShardArgs,
+}
+
+/// A settings file that goes away with the test.
+struct File(PathBuf);
+
+impl File {
+    fn new(name: &str, text: &str) -> Self {
+        let path =
+            std::env::temp_dir().join(format!("arc-topk-{}-{name}.toml", std::process::id()));
+        std::fs::write(&path, text).unwrap();
+        Self(path)
+    }
+}
+
+impl Drop for File {
+    fn drop(&mut self) {
+        // A file that is already gone is as good.
+        let _ = std::fs::remove_file(&self.0);
+    }
+}
+
+fn read(words: &str, file: Option<&File>) -> Result<Cli, SettingsError> {
+    let mut argv: Vec<OsString> = words.split(' ').map(OsString::from).collect();
+    if let Some(file) = file {
+        argv.extend(["--config".into(), file.0.clone().into_os_string()]);
+    }
+    read_settings(argv)
+}
+
+fn local(words: &str, file: Option<&File>) -> Result<Local, SettingsError> {
+    match read(words, file)?.command {
+        Command::Local(local) => Ok(*local),
+        other => panic!("{other:?}"),
+    }
+}
+
+fn problem(words: &str, text: &str) -> String {
+    let name: String = text.chars().filter(char::is_ascii_alphanumeric).collect();
+    let file = File::new(&format!("problem-{name}"), text);
+    let error = read(words, Some(&file)).unwrap_err().to_string();
+    error.replace(&file.0.display().to_string(), "FILE")
+}
+
+#[test]
+fn the_commands_are_well_formed() {
+    Cli::command().debug_assert();
+}
+
+#[test]
+fn defaults_are_valid() {
+    let local = local("arc-worker local", None).unwrap();
+    assert_eq!(local.algorithm, AlgorithmConfig::default());
+    local.algorithm.validate().unwrap();
+    local.train.validate().unwrap();
+    local.local.validate().unwrap();
+    local.common.validate().unwrap();
+    assert_eq!(local.train.model_shape().hidden, 128);
+}
+
+#[test]
+fn the_file_lies_between_flags_and_defaults() {
+    let file = File::new(
+        "layers",
+        "density = 0.05\nwire_up = \"bf16\"\nsteps = 7\njson = true\nlisten = \"127.0.0.1:1\"\n[local]\nworkers = 3\nsteps = 9\n[train]\nrank = 1",
+    );
+    let read = local("arc-worker local --density 0.4", Some(&file)).unwrap();
+    assert_eq!(read.algorithm.density, 0.4, "a flag wins over the file");
+    assert_eq!(
+        read.algorithm.wire_up,
+        ValueType::Bf16,
+        "the file wins over the default"
+    );
+    assert_eq!(read.train.steps, 9, "the command's table wins over the top");
+    assert_eq!(read.local.workers, 3);
+    assert!(read.train.json);
+    assert_eq!(read.algorithm.compressor, Compressor::Arc);
+}
+
+#[test]
+fn required_flags_may_stand_in_the_file() {
+    let file = File::new(
+        "required",
+        "shard_addresses = [\"a:1\", \"b:2\"]\n[ps]\nworkers = 4",
+    );
+    let Command::Train(train) = read("arc-worker train", Some(&file)).unwrap().command else {
+        panic!("train")
+    };
+    assert_eq!(train.peers.shard_addresses, ["a:1", "b:2"]);
+    train.peers.validate().unwrap();
+    assert!(
+        train
+            .certs
+            .paths("worker")
+            .unwrap_err()
+            .to_string()
+            .starts_with("ca is not set, but must be a file")
+    );
+    let Command::Ps(ps) = read("arc-worker ps --certs dir", Some(&file))
+        .unwrap()
+        .command
+    else {
+        panic!("ps")
+    };
+    assert_eq!(ps.shard.workers, 4);
+    assert_eq!(
+        ps.certs.paths("shard").unwrap()[1],
+        PathBuf::from("dir/shard.pem")
+    );
+    ps.shard.validate().unwrap();
+    ps.common.validate().unwrap();
+}
+
+#[test]
+fn errors_name_key_file_and_near_matches() {
+    assert_eq!(
+        problem("arc-worker local", "densty = 0.1"),
+        "FILE: unknown setting \"densty\"; did you mean density?"
+    );
+    assert_eq!(
+        problem("arc-worker local", "[local]\nsketch-rank = 1"),
+        "FILE: unknown setting \"local.sketch-rank\"; did you mean sketch_rank?"
+    );
+    assert_eq!(
+        problem("arc-worker local", "zzzzzzzzzzzz = 1"),
+        "FILE: unknown setting \"zzzzzzzzzzzz\"; no setting has a similar name: --help lists all of them"
+    );
+    assert_eq!(
+        problem("arc-worker local", "json = 3"),
+        "FILE: setting \"json\": is integer, but must be true or false"
+    );
+    assert!(
+        problem("arc-worker local", "compressor = \"arx\"")
+            .starts_with("FILE: setting \"compressor\": invalid value 'arx'")
+    );
+    assert!(problem("arc-worker local", "density = [").starts_with("FILE is not valid TOML:"));
+    let missing = read("arc-worker local --config /nonexistent/x.toml", None)
+        .unwrap_err()
+        .to_string();
+    assert!(
+        missing.starts_with("cannot read the settings file /nonexistent/x.toml: "),
+        "{missing}"
+    );
+    assert!(matches!(
+        read("arc-worker local --nonsense", None),
+        Err(SettingsError::Flags(_))
+    ));
+    assert!(matches!(
+        read("arc-worker local --help", None),
+        Err(SettingsError::Flags(_))
+    ));
+}
+
+#[test]
+fn every_flag_has_a_help_text_and_an_environment_name() {
+    for command in Cli::command().get_subcommands() {
+        for arg in command.get_arguments().filter(|arg| arg.get_id() != "help") {
+            let id = arg.get_id().as_str();
+            assert!(
+                arg.get_help()
+                    .is_some_and(|help| help.to_string().len() > 10),
+                "{id} needs a help text"
+            );
+            let env = arg
+                .get_env()
+                .unwrap_or_else(|| panic!("{id} needs an environment name"));
+            assert!(env.to_string_lossy().starts_with("ARC_"), "{id}");
+        }
+    }
+}
+
+#[test]
+fn ranges_of_processes_are_checked() {
+    let ps = |words: &str| match read(&format!("arc-worker ps {words}"), None)
+        .unwrap()
+        .command
+    {
+        Command::Ps(ps) => ps.shard.validate().map_err(|e| e.name),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(ps("--workers 1"), Ok(()));
+    assert_eq!(ps("--workers 0"), Err("workers"));
+    assert_eq!(ps("--workers 4096"), Ok(()));
+    assert_eq!(ps("--workers 4097"), Err("workers"));
+    assert_eq!(ps("--workers 2 --shards 2 --shard 2"), Err("shard"));
+    assert_eq!(ps("--workers 2 --shards 257"), Err("shards"));
+    assert_eq!(ps("--workers 2 --min-workers 3"), Err("min_workers"));
+    let peers = |words: &str| match read(&format!("arc-worker train {words}"), None)
+        .unwrap()
+        .command
+    {
+        Command::Train(train) => train.peers.validate().map_err(|e| e.name),
+        other => panic!("{other:?}"),
+    };
+    assert_eq!(peers("--shard-addresses a:1,b:2"), Ok(()));
+    assert_eq!(peers("--shard-addresses a:1,b"), Err("shard_addresses"));
+    assert_eq!(
+        peers("--shard-addresses a:1 --workers 2 --rank 2"),
+        Err("rank")
+    );
+    assert_eq!(
+        peers("--shard-addresses a:1 --connect-timeout-seconds 0"),
+        Err("connect_timeout_seconds")
+    );
+}
+
+#[test]
+fn ranges_of_training_are_checked() {
+    let train = |words: &str| {
+        local(&format!("arc-worker local {words}"), None)
+            .unwrap()
+            .train
+            .validate()
+            .map_err(|e| e.name)
+    };
+    assert_eq!(train("--lr 0"), Err("lr"));
+    assert_eq!(train("--lr NaN"), Err("lr"));
+    assert_eq!(train("--steps 0"), Err("steps"));
+    assert_eq!(train("--hidden 100 --heads 4"), Err("hidden"));
+    assert_eq!(train("--vocab 255"), Err("vocab"));
+    assert_eq!(train("--beta2 1"), Err("beta2"));
+    assert_eq!(train("--catch-up-cap 0"), Err("catch_up_cap"));
+    assert_eq!(train("--resume"), Err("checkpoint_dir"));
+    assert_eq!(train("--resume --checkpoint-dir x"), Ok(()));
+    for preset in ["tiny", "60m", "130m", "350m", "1b"] {
+        assert_eq!(train(&format!("--model {preset}")), Ok(()));
+    }
+}
+
+#[test]
+fn the_admin_server_can_be_off() {
+    assert_eq!("off".parse(), Ok(AdminAddress(None)));
+    assert_eq!(
+        "127.0.0.1:9400"
+            .parse::<AdminAddress>()
+            .unwrap()
+            .to_string(),
+        "127.0.0.1:9400"
+    );
+    assert!(
+        "9400"
+            .parse::<AdminAddress>()
+            .unwrap_err()
+            .contains("127.0.0.1:9400")
+    );
+}
