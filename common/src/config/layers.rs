@@ -142,13 +142,12 @@ fn from_file(
     let mut settings = Table::new();
     for (key, value) in &table {
         match value {
-            Value::Table(inner) if SECTIONS.contains(&key.as_str()) => {
-                if key == section {
-                    if let Some(key) = inner.keys().find(|key| !own.contains(*key)) {
-                        return Err(unknown(file, &format!("{section}.{key}"), key, &own));
-                    }
+            Value::Table(inner) if key == section => {
+                if let Some(key) = inner.keys().find(|key| !own.contains(*key)) {
+                    return Err(unknown(file, &format!("{section}.{key}"), key, &own));
                 }
             }
+            Value::Table(_) if SECTIONS.contains(&key.as_str()) => {}
             _ if !everywhere.contains(key) => return Err(unknown(file, key, key, &everywhere)),
             value => drop(settings.insert(key.clone(), value.clone())),
         }

@@ -27,7 +27,7 @@ pub struct CommonArgs {
 #[derive(Clone, PartialEq, Debug, Default, Serialize, Args)]
 #[command(next_help_heading = "Certificates (mutual TLS)")]
 pub struct CertArgs {
-    /// Directory with `ca.pem`, a certificate and its key, as `arc-ps certs` makes it.
+    /// Directory that `arc-ps certs` made, or its folder for this process (`ca.pem`, `cert.pem`, `key.pem`).
     #[arg(long, value_name = "DIR", env = "ARC_CERTS")]
     pub certs: Option<PathBuf>,
     /// Certificate of the job's authority (PEM), instead of the one in `--certs`.
@@ -42,24 +42,28 @@ pub struct CertArgs {
 }
 
 impl CertArgs {
-    /// Paths of authority, certificate and key. In `--certs` these are `ca.pem`, `<role>.pem` and `<role>.key`;
-    /// `role` is `shard` or `worker`.
+    /// Paths of authority, certificate and key: `ca.pem`, `cert.pem` and `key.pem` of `--certs`, or of its folder
+    /// `role` (`shard` or `worker`) if it has one, as the directory that `arc-ps certs` makes.
     ///
     /// # Errors
     /// If one of the three is given neither itself nor by `--certs`.
     pub fn paths(&self, role: &str) -> Result<[PathBuf; 3], SettingError> {
-        let pick = |own: &Option<PathBuf>, name: &'static str, file: String| {
+        let dir = self.certs.as_ref().map(|dir| {
+            let own = dir.join(role);
+            if own.is_dir() { own } else { dir.clone() }
+        });
+        let pick = |own: &Option<PathBuf>, name: &'static str, file: &str| {
             let advice = "make certificates with `arc-ps certs --out DIR` and pass --certs DIR";
             own.clone()
-                .or_else(|| self.certs.as_ref().map(|dir| dir.join(file)))
+                .or_else(|| dir.as_ref().map(|dir| dir.join(file)))
                 .ok_or_else(|| {
                     SettingError::new(name, "not set", "a file, or --certs a directory", advice)
                 })
         };
         Ok([
-            pick(&self.ca, "ca", "ca.pem".to_owned())?,
-            pick(&self.cert, "cert", format!("{role}.pem"))?,
-            pick(&self.key, "key", format!("{role}.key"))?,
+            pick(&self.ca, "ca", "ca.pem")?,
+            pick(&self.cert, "cert", "cert.pem")?,
+            pick(&self.key, "key", "key.pem")?,
         ])
     }
 }

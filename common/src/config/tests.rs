@@ -160,7 +160,7 @@ fn required_flags_may_stand_in_the_file() {
     assert_eq!(ps.shard.workers, 4);
     assert_eq!(
         ps.certs.paths("shard").unwrap()[1],
-        PathBuf::from("dir/shard.pem")
+        PathBuf::from("dir/cert.pem")
     );
     ps.shard.validate().unwrap();
     ps.common.validate().unwrap();

@@ -8,6 +8,7 @@
 
 mod build;
 mod difference;
+pub mod predict;
 #[cfg(test)]
 mod tests;
 

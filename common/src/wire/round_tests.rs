@@ -1,4 +1,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
+#![allow(
+    clippy::single_range_in_vec_init,
+    reason = "layouts are lists of ranges, some of one"
+)]
 
 use super::*;
 use crate::config::AlgorithmConfig;
