@@ -18,6 +18,7 @@
 //! Everything received is read by bounded readers: a length is compared with its limit and with the bytes that
 //! are there before anything is allocated, and what is not the one canonical encoding is refused ([`WireError`]).
 
+pub mod any_bytes;
 mod codec;
 mod control;
 mod error;

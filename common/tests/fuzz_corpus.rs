@@ -1,0 +1,249 @@
+//! Runs the fuzz seeds, and some thousands of deterministic mutations of each, through the fuzz targets' functions on
+//! the stable toolchain. `ARC_WRITE_SEEDS=1` writes the seeds anew after a change of the format.
+#![allow(clippy::unwrap_used, reason = "tests")]
+
+use arc_topk_common::config::AlgorithmConfig;
+use arc_topk_common::ids::{BucketId, Epoch, Rank, Step};
+use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
+use arc_topk_common::wire::{
+    Control, FrameFlags, FrameHeader, FrameKind, Hello, RefusalCode, Welcome, any_bytes,
+    append_selection, encode_selection,
+};
+use std::path::PathBuf;
+
+const MUTATIONS_PER_SEED: u64 = 2000;
+
+fn folder(target: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("fuzz/seeds")
+        .join(target)
+}
+
+fn seeds(target: &str) -> Vec<Vec<u8>> {
+    if std::env::var_os("ARC_WRITE_SEEDS").is_some() {
+        write_seeds(target);
+    }
+    let mut paths: Vec<_> = std::fs::read_dir(folder(target))
+        .unwrap()
+        .map(|entry| entry.unwrap().path())
+        .collect();
+    paths.sort();
+    assert!(!paths.is_empty(), "{target} has seeds");
+    paths
+        .iter()
+        .map(|path| std::fs::read(path).unwrap())
+        .collect()
+}
+
+/// SplitMix64: mutations must be the same on every machine.
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, limit: usize) -> usize {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        ((z ^ (z >> 31)) % limit.max(1) as u64) as usize
+    }
+}
+
+fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
+    for _ in 0..=random.below(3) {
+        let at = random.below(bytes.len());
+        match random.below(6) {
+            0 if !bytes.is_empty() => bytes[at] ^= 1 << random.below(8),
+            1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random.below(5)],
+            2 => bytes.truncate(at),
+            3 => bytes.insert(at, random.below(256) as u8),
+            4 if !bytes.is_empty() => drop(bytes.remove(at)),
+            _ => {
+                let copy = bytes[at..].to_vec();
+                bytes.extend_from_slice(&copy[..random.below(copy.len() + 1)]);
+            }
+        }
+    }
+}
+
+fn run(target: &str, entry: fn(&[u8])) {
+    let mut random = Random(target.len() as u64);
+    for seed in seeds(target) {
+        entry(&seed);
+        for end in 0..seed.len().min(512) {
+            entry(&seed[..end]);
+        }
+        for _ in 0..MUTATIONS_PER_SEED {
+            let mut bytes = seed.clone();
+            mutate(&mut bytes, &mut random);
+            entry(&bytes);
+        }
+    }
+}
+
+#[test]
+fn control_messages() {
+    for seed in seeds("control") {
+        Control::decode(&seed)
+            .expect("seeds are valid: write them anew after a change of the format");
+    }
+    run("control", any_bytes::control);
+}
+
+#[test]
+fn headers() {
+    run("header", any_bytes::header);
+}
+
+#[test]
+fn selections() {
+    run("selection", any_bytes::selection);
+}
+
+#[test]
+fn bodies() {
+    run("body", any_bytes::body);
+}
+
+fn write_seeds(target: &str) {
+    let seeds = match target {
+        "control" => control_seeds(),
+        "header" => vec![
+            header_seed(FrameKind::Sketch, 100),
+            header_seed(FrameKind::SparseMean, 0),
+        ],
+        "selection" => vec![
+            (20, vec![3, 4, 19]),
+            (1000, vec![5, 6, 300]),
+            (1, vec![0]),
+            (999, vec![]),
+        ]
+        .into_iter()
+        .map(|(rows, selected): (u16, Vec<u32>)| {
+            [
+                (rows - 1).to_le_bytes().to_vec(),
+                encode_selection(usize::from(rows), &selected),
+            ]
+            .concat()
+        })
+        .collect(),
+        "body" => body_seeds(),
+        other => panic!("no target {other}"),
+    };
+    std::fs::create_dir_all(folder(target)).unwrap();
+    for (at, seed) in seeds.iter().enumerate() {
+        std::fs::write(folder(target).join(format!("{at:02}")), seed).unwrap();
+    }
+}
+
+fn header_seed(kind: FrameKind, body_bytes: u32) -> Vec<u8> {
+    let flags = FrameFlags {
+        non_finite: body_bytes == 0,
+        counted: true,
+    };
+    let header = FrameHeader {
+        kind,
+        flags,
+        bucket: BucketId(1),
+        epoch: Epoch(2),
+        step: Step(3),
+        update: 4,
+        body_bytes,
+    };
+    header.encode().to_vec()
+}
+
+fn control_seeds() -> Vec<Vec<u8>> {
+    let tensor = |name: &str, shape: &[u64]| TensorSpec {
+        name: name.into(),
+        shape: shape.into(),
+        dtype: DType::F32,
+        density: Some(0.5),
+    };
+    let hello = Hello {
+        protocol: 1,
+        job: "demo".into(),
+        incarnation: [7; 16],
+        rank: Some(Rank(1)),
+        world: Some(4),
+        start_step: Step(0),
+        shard: 0,
+        host: "host 1".into(),
+        plan: PlanSpec {
+            algorithm: AlgorithmConfig::default(),
+            shards: 2,
+            tensors: vec![tensor("embed", &[256, 64]), tensor("norm", &[64])],
+        },
+    };
+    let report = Control::Report {
+        step: Step(9),
+        loss: 2.5,
+        step_seconds: 0.5,
+        wait_seconds: 0.1,
+        bytes_sent: 1,
+        bytes_received: 2,
+        bytes_dense_equivalent: 3,
+        captured_energy: f32::NAN,
+        residual_ratio: 1.0,
+    };
+    let welcome = Welcome {
+        epoch: Epoch(1),
+        rank: Rank(0),
+        world: 4,
+        start_step: Step(0),
+    };
+    [
+        Control::Hello(Box::new(hello)),
+        Control::Welcome(welcome),
+        Control::Waiting {
+            joined: 1,
+            world: 4,
+        },
+        Control::Refused {
+            code: RefusalCode::Plan,
+            detail: "density: 0.2 here, 0.4 there".into(),
+        },
+        Control::Membership {
+            epoch: Epoch(2),
+            members: vec![Rank(0), Rank(2)],
+            reason: "rank 1 is gone".into(),
+        },
+        Control::Leave,
+        report,
+    ]
+    .iter()
+    .map(Control::encode)
+    .collect()
+}
+
+/// The first byte chooses the round, see `any_bytes::shape`.
+fn body_seeds() -> Vec<Vec<u8>> {
+    let dense = [0; 20];
+    let rows: [(usize, &[u32], usize); 2] = [(10, &[1, 2, 9], 8), (20, &[0, 1, 2, 3, 19], 4)];
+    [0u8, 4, 1, 17, 5, 2, 3, 8]
+        .into_iter()
+        .map(|choice| {
+            let shape = any_bytes::shape(choice);
+            let mut body = vec![choice];
+            match choice & 3 {
+                0 if choice & 8 == 0 => {
+                    rows.iter()
+                        .for_each(|(m, selected, _)| append_selection(*m, selected, &mut body));
+                    body.extend(dense);
+                }
+                1 => {
+                    for (m, selected, width) in rows {
+                        append_selection(m, selected, &mut body);
+                        body.resize(
+                            body.len() + shape.codec_up.encoded_bytes(selected.len() * width),
+                            0,
+                        );
+                    }
+                    body.extend(dense);
+                }
+                2 => body.resize(1 + shape.sketch_layout().bytes, 0),
+                _ => body.resize(1 + shape.dense_layout().bytes, 0),
+            }
+            body
+        })
+        .collect()
+}
