@@ -24,6 +24,8 @@ mod control;
 mod error;
 mod header;
 mod plan_spec;
+#[cfg(test)]
+mod properties;
 mod round;
 #[cfg(test)]
 mod round_tests;
