@@ -1,8 +1,11 @@
 //! P = A V / √r, and exact row energies.
 //!
 //! V is expanded once per call: for every 16 columns and every column of V, 16 words that are either sign bits, to be
-//! XORed into the values, or Gaussian entries, to be multiplied. A row's sum is then one streaming pass over the row
-//! with 16 lanes per column of V in registers. Ranks are taken in groups of 8, 4, 2 and 1, so that the lanes fit.
+//! XORed into the values, or Gaussian entries, to be multiplied. Ranks are taken in pairs, each one streaming pass over rows that
+//! the first pass brought into the cache.
+//!
+//! The lanes of some rows are first stored and then summed by another function. In one function the compiler (LLVM 21) plans its
+//! vectors backwards from the final sums and keeps the lanes in scalar registers: ten times slower, as is four ranks at once.
 
 use super::{LANES, PARALLEL_FROM, multiversion, rows_per_chunk};
 use crate::compress::{ProjectionKey, SketchShape, projection};
@@ -11,8 +14,10 @@ use rayon::prelude::*;
 
 /// One vector of words.
 type Words = [u32; LANES];
+/// Rows whose lanes are stored before they are summed: 4 KiB of them.
+const ROWS_AT_ONCE: usize = 32;
 
-/// Columns `first..first + ranks` of V, laid out as [16 columns of A][rank][lane].
+/// Columns `first..first + ranks` of V, one or two, laid out as [16 columns of A][rank][lane].
 struct Group {
     first: usize,
     ranks: usize,
@@ -59,23 +64,54 @@ pub(super) fn sketch(
 
 fn sketch_block(block: &mut Block<'_>, shape: SketchShape, groups: &[Group]) {
     for group in groups {
-        match group.ranks {
-            8 => rows::<8>(block.values, block.estimate, shape, group, block.out),
-            4 => rows::<4>(block.values, block.estimate, shape, group, block.out),
-            2 => rows::<2>(block.values, block.estimate, shape, group, block.out),
-            _ => rows::<1>(block.values, block.estimate, shape, group, block.out),
+        if group.ranks == 2 {
+            block.sketch::<2>(shape, group)
+        } else {
+            block.sketch::<1>(shape, group)
+        }
+    }
+}
+
+impl Block<'_> {
+    fn sketch<const R: usize>(&mut self, shape: SketchShape, group: &Group) {
+        let mut lanes = [[[0f32; LANES]; R]; ROWS_AT_ONCE];
+        let chunk = ROWS_AT_ONCE * shape.width;
+        for (index, out) in self.out.chunks_mut(ROWS_AT_ONCE * shape.rank).enumerate() {
+            let elements = index * chunk..(index * chunk + chunk).min(self.values.len());
+            let estimate = self.estimate.map(|h| &h[elements.clone()]);
+            fill_lanes::<R>(
+                &self.values[elements],
+                estimate,
+                shape,
+                &group.words,
+                &mut lanes,
+            );
+            sum_lanes::<R>(&lanes, shape.rank, group.first, out);
         }
     }
 }
 
 multiversion! {
-fn rows<const R: usize>(values: &[f32], estimate: Option<&[f32]>, shape: SketchShape, group: &Group, out: &mut [f32]) {
+fn fill_lanes<const R: usize>(values: &[f32], estimate: Option<&[f32]>, shape: SketchShape, words: &[Words], lanes: &mut [[[f32; LANES]; R]]) {
+    let width = shape.width;
     // The choices are made out here, so that the loops over a row have none.
     match (shape.kind, estimate) {
-        (ProjectionKind::Rademacher, None) => each_row::<R>(values, values, shape, group, out, |x, _| x, flip),
-        (ProjectionKind::Rademacher, Some(h)) => each_row::<R>(values, h, shape, group, out, |x, h| x - h, flip),
-        (ProjectionKind::Gaussian, None) => each_row::<R>(values, values, shape, group, out, |x, _| x, multiply),
-        (ProjectionKind::Gaussian, Some(h)) => each_row::<R>(values, h, shape, group, out, |x, h| x - h, multiply),
+        (ProjectionKind::Rademacher, None) => each_row::<R>(values, values, width, words, lanes, |x, _| x, flip),
+        (ProjectionKind::Rademacher, Some(h)) => each_row::<R>(values, h, width, words, lanes, |x, h| x - h, flip),
+        (ProjectionKind::Gaussian, None) => each_row::<R>(values, values, width, words, lanes, |x, _| x, multiply),
+        (ProjectionKind::Gaussian, Some(h)) => each_row::<R>(values, h, width, words, lanes, |x, h| x - h, multiply),
+    }
+}
+}
+
+multiversion! {
+/// Columns `first..first + R` of the sketch, from the lanes of its rows.
+fn sum_lanes<const R: usize>(lanes: &[[[f32; LANES]; R]], rank: usize, first: usize, out: &mut [f32]) {
+    let scale = 1.0 / (rank as f32).sqrt();
+    for (lanes, out) in lanes.iter().zip(out.chunks_exact_mut(rank)) {
+        for (lanes, p) in lanes.iter().zip(&mut out[first..first + R]) {
+            *p = tree_sum(*lanes) * scale;
+        }
     }
 }
 }
@@ -94,93 +130,67 @@ fn multiply(x: f32, word: u32) -> f32 {
 fn each_row<const R: usize>(
     values: &[f32],
     estimates: &[f32],
-    shape: SketchShape,
-    group: &Group,
-    out: &mut [f32],
+    width: usize,
+    words: &[Words],
+    out: &mut [[[f32; LANES]; R]],
     input: impl Fn(f32, f32) -> f32 + Copy,
     apply: impl Fn(f32, u32) -> f32 + Copy,
 ) {
-    let scale = 1.0 / (shape.rank as f32).sqrt();
-    let rows = values
-        .chunks_exact(shape.width)
-        .zip(estimates.chunks_exact(shape.width));
-    for ((values, estimates), out) in rows.zip(out.chunks_exact_mut(shape.rank)) {
-        let lanes = one_row::<R>(values, estimates, &group.words, input, apply);
-        for (p, lanes) in out[group.first..].iter_mut().zip(lanes) {
-            *p = tree_sum(lanes) * scale;
-        }
-    }
-}
-
-#[inline(always)]
-fn one_row<const R: usize>(
-    values: &[f32],
-    estimates: &[f32],
-    words: &[Words],
-    input: impl Fn(f32, f32) -> f32,
-    apply: impl Fn(f32, u32) -> f32,
-) -> [[f32; LANES]; R] {
-    let mut lanes = [[0f32; LANES]; R];
-    let ((values, tail), (estimates, estimates_tail)) =
-        (values.as_chunks::<LANES>(), estimates.as_chunks::<LANES>());
-    let (words, last) = words.as_chunks::<R>();
-    debug_assert!(last.is_empty());
-    for ((x, h), words) in values.iter().zip(estimates).zip(words) {
-        for k in 0..R {
+    let (words, _) = words.as_chunks::<R>();
+    for ((values, estimates), out) in values
+        .chunks_exact(width)
+        .zip(estimates.chunks_exact(width))
+        .zip(out)
+    {
+        let (values, values_tail) = values.as_chunks::<LANES>();
+        let (estimates, estimates_tail) = estimates.as_chunks::<LANES>();
+        let mut lanes = [[0f32; LANES]; R];
+        for ((x, h), words) in values.iter().zip(estimates).zip(words) {
             for l in 0..LANES {
-                lanes[k][l] += apply(input(x[l], h[l]), words[k][l]);
+                for k in 0..R {
+                    lanes[k][l] += apply(input(x[l], h[l]), words[k][l]);
+                }
+            }
+        }
+        *out = lanes;
+        if !values_tail.is_empty() {
+            for (lanes, words) in out.iter_mut().zip(&words[values.len()]) {
+                for (((lane, x), h), word) in lanes
+                    .iter_mut()
+                    .zip(values_tail)
+                    .zip(estimates_tail)
+                    .zip(words)
+                {
+                    *lane += apply(input(*x, *h), *word);
+                }
             }
         }
     }
-    if !tail.is_empty() {
-        let (mut x, words) = ([0f32; LANES], &words[values.len()]);
-        for ((x, value), h) in x.iter_mut().zip(tail).zip(estimates_tail) {
-            *x = input(*value, *h);
-        }
-        for k in 0..R {
-            for l in 0..LANES {
-                lanes[k][l] += apply(x[l], words[k][l]);
-            }
-        }
-    }
-    lanes
 }
 
 /// 16 → 8 → 4 → 2 → 1.
 #[inline(always)]
-fn tree_sum(mut lanes: [f32; LANES]) -> f32 {
-    for half in [8, 4, 2, 1] {
-        for l in 0..half {
-            lanes[l] += lanes[l + half];
-        }
-    }
-    lanes[0]
+fn tree_sum(lanes: [f32; LANES]) -> f32 {
+    let eight: [f32; 8] = std::array::from_fn(|l| lanes[l] + lanes[l + 8]);
+    let four: [f32; 4] = std::array::from_fn(|l| eight[l] + eight[l + 4]);
+    (four[0] + four[2]) + (four[1] + four[3])
 }
 
 /// V, cut into groups of ranks.
 fn groups(shape: SketchShape, key: ProjectionKey) -> Vec<Group> {
-    let mut groups = Vec::new();
-    let mut first = 0;
-    while first < shape.rank {
-        let ranks = [8, 4, 2, 1]
-            .into_iter()
-            .find(|r| *r <= shape.rank - first)
-            .unwrap_or(1);
-        groups.push(Group {
+    let group = |first: usize| {
+        let ranks = (shape.rank - first).min(2);
+        Group {
             first,
             ranks,
             words: vec![[0; LANES]; shape.width.div_ceil(LANES) * ranks],
-        });
-        first += ranks;
-    }
+        }
+    };
+    let mut groups: Vec<Group> = (0..shape.rank).step_by(2).map(group).collect();
     let mut put = |entry: usize, word: u32| {
         let (column, rank) = (entry / shape.rank, entry % shape.rank);
-        // Groups of 8 come first, so that rank / 8 finds those; at most three smaller ones follow.
-        let group = groups[(rank / 8).min(shape.rank / 8)..]
-            .iter_mut()
-            .find(|g| rank < g.first + g.ranks);
-        let group = group.expect("groups cover all ranks");
-        group.words[column / LANES * group.ranks + rank - group.first][column % LANES] = word;
+        let group = &mut groups[rank / 2];
+        group.words[column / LANES * group.ranks + rank % 2][column % LANES] = word;
     };
     match shape.kind {
         ProjectionKind::Rademacher => {
