@@ -44,6 +44,30 @@ pub(crate) fn level() -> Level {
     supported()
 }
 
+/// Asks for `values` to be brought into the cache; a hint without any effect on results.
+///
+/// Chosen rows lie apart, which the CPU's own prefetcher does not foresee.
+#[inline(always)]
+#[allow(
+    unsafe_code,
+    reason = "measured: sketch and gather of 25 MB into int4 on two threads take a quarter less time"
+)]
+#[cfg_attr(
+    not(target_arch = "x86_64"),
+    allow(unused_variables, reason = "a hint for x86-64")
+)]
+pub(crate) fn prefetch(values: &[f32]) {
+    #[cfg(target_arch = "x86_64")]
+    for line in values.chunks(16) {
+        // SAFETY: SSE is part of x86-64, and a prefetch of any address neither faults nor changes memory.
+        unsafe {
+            std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(
+                line.as_ptr().cast(),
+            )
+        };
+    }
+}
+
 #[cfg(test)]
 thread_local! {
     static FORCED: std::cell::Cell<Option<Level>> = const { std::cell::Cell::new(None) };

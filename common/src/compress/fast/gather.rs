@@ -6,11 +6,15 @@
 
 use super::PARALLEL_FROM;
 use crate::compress::ValueCodec;
+use crate::compress::simd::prefetch;
 use crate::config::algorithm::ValueType;
 use rayon::prelude::*;
 
 /// Values staged at a time, at least.
 const STAGED: usize = 2048;
+
+/// Values of the next run that are asked for while one is encoded; the CPU goes on from there.
+const PREFETCHED: usize = 1024;
 
 /// Where values come from, A = values − estimate, and how they are encoded.
 #[derive(Clone, Copy)]
@@ -56,8 +60,13 @@ impl Source<'_> {
     }
 
     fn encode_runs(&self, selected: &[u32], mut out: &mut [u8]) {
+        let mut coming = runs(selected).skip(1);
         for run in runs(selected) {
             let values = &self.values[run.start * self.width..run.end * self.width];
+            if let Some(next) = coming.next() {
+                let start = next.start * self.width;
+                prefetch(&self.values[start..start + (next.len() * self.width).min(PREFETCHED)]);
+            }
             let (head, rest) = out.split_at_mut(self.codec.encoded_bytes(values.len()));
             self.codec.encode_into(values, head);
             out = rest;
