@@ -136,7 +136,7 @@ pub struct FeedbackParams {
 ///    ef14: U = g + decay·e; ef21: U = g; ef21m: U = (1−η)v + ηg. State is **not** changed: a round that
 ///    is skipped (trap 6) just forgets U.
 /// 2. [`Kernels::sketch`] P = A V / √r. (topk: [`Kernels::energy`] instead.)
-/// 3. [`Kernels::gather`] encodes A[I,:].
+/// 3. [`Kernels::gather`] encodes A\[I,:\].
 /// 4. [`Kernels::commit`] changes the state and replaces the buffer by the result.
 ///    (topk: [`Kernels::commit_own_rows`], whose result rows differ from the sent ones.)
 ///
@@ -176,7 +176,7 @@ pub trait Kernels: Send + Sync {
     /// Step 2 of topk: writes ‖A_j‖² of every row of `rows`, to be handed to [`select_top_k`]. Sparse rounds only.
     fn energy(&self, state: &TensorState, buffer: &[f32], rows: Range<usize>, out: &mut [f64]);
 
-    /// Step 3: appends the encoding of A[selected,:] (absolute row numbers), row after row as one array.
+    /// Step 3: appends the encoding of A\[selected,:\] (absolute row numbers), row after row as one array.
     /// In a dense round `selected` must list every row of the segment.
     fn gather(
         &self,

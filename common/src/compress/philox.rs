@@ -3,7 +3,7 @@
 //! in any order, and the host program's own generators are never touched.
 //!
 //! Counter spaces of a (seed, tensor, step), told apart by the highest bit of the first counter word:
-//! `0` the projection V (see [`super::projection`]), `1` randk's row keys (see [`super::select`]).
+//! `0` the projection V (see [`mod@super::projection`]), `1` randk's row keys (see [`super::select`]).
 
 use super::ProjectionKey;
 

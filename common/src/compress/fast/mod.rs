@@ -1,7 +1,7 @@
 //! What runs: fused passes, vector instructions chosen at run time, rayon over row chunks of large tensors.
 //!
 //! Bits do not depend on the vector width nor on the number of threads: what is elementwise has one order of
-//! operations, and every sum over a row has [`LANES`] striped partial sums, combined in a fixed tree.
+//! operations, and every sum over a row has 16 striped partial sums, combined in a fixed tree.
 //! The sketch agrees with `reference` (which sums in f64) within f32 rounding, all else to the bit.
 
 mod commit;

@@ -17,7 +17,7 @@ type Words = [u32; LANES];
 /// Rows whose lanes are stored before they are summed: 4 KiB of them.
 const ROWS_AT_ONCE: usize = 32;
 
-/// Columns `first..first + ranks` of V, one or two, laid out as [16 columns of A][rank][lane].
+/// Columns `first..first + ranks` of V, one or two, laid out by 16 columns of A, then rank, then lane.
 struct Group {
     first: usize,
     ranks: usize,
