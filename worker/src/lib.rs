@@ -6,8 +6,10 @@
 //! | [`memory`] | a whole job in one process, without sockets |
 //! | [`step`] | one training step as a machine without sockets |
 //! | [`reducer`] | what a trainer sees |
+//! | [`session`] | a reducer over QUIC |
 
 pub mod backend;
 pub mod memory;
 pub mod reducer;
+pub mod session;
 pub mod step;

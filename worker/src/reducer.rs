@@ -5,7 +5,7 @@ use arc_topk_common::ids::{Rank, Step, TensorId};
 use arc_topk_common::plan::Plan;
 
 /// Why a step could not be finished.
-#[derive(Debug, thiserror::Error)]
+#[derive(Clone, PartialEq, Debug, thiserror::Error)]
 pub enum ReduceError {
     /// A call or a frame did not fit the step.
     #[error(transparent)]
@@ -30,6 +30,39 @@ pub enum ReduceError {
         shard: u16,
         /// Cause and remedy.
         detail: String,
+    },
+    /// A shard keeps its connection but does not answer.
+    #[error(
+        "no shard answered for {seconds:.0} s while {rounds} rounds waited, the first at shard {shard}, bucket {bucket}, after its {sent} was sent: \
+         another worker is stuck or far behind (see the shard's status page), or raise progress_timeout"
+    )]
+    Stalled {
+        /// Shard of the first round that waits.
+        shard: u16,
+        /// Its bucket.
+        bucket: u16,
+        /// Kind of the frame that it was sent last.
+        sent: String,
+        /// Rounds that wait.
+        rounds: usize,
+        /// How long nothing came.
+        seconds: f32,
+    },
+    /// The session's own machinery ended.
+    #[error("the session has ended: {detail}")]
+    Ended {
+        /// Cause and remedy.
+        detail: String,
+    },
+    /// Saved state belongs to another step than this worker joined with.
+    #[error(
+        "the checkpoint continues at step {state}, but this worker joined the job at step {joined}: connect with the checkpoint's step as start step"
+    )]
+    StartStep {
+        /// As told to the shards.
+        joined: Step,
+        /// Of the checkpoint.
+        state: Step,
     },
 }
 
