@@ -1,6 +1,7 @@
 //! What the tests of whole steps share.
 #![allow(
     dead_code,
+    unreachable_pub,
     clippy::unwrap_used,
     reason = "tests; each file uses its part"
 )]
