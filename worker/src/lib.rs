@@ -4,12 +4,17 @@
 //! |---|---|
 //! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
 //! | [`memory`] | a whole job in one process, without sockets |
+//! | [`record`] | what a run leaves behind: `steps.jsonl` and `summary.json` |
 //! | [`step`] | one training step as a machine without sockets |
 //! | [`reducer`] | what a trainer sees |
 //! | [`session`] | a reducer over QUIC |
+//! | `train` | the built-in trainer (feature `train`): models, data, loop, checkpoints |
 
 pub mod backend;
 pub mod memory;
+pub mod record;
 pub mod reducer;
 pub mod session;
 pub mod step;
+#[cfg(feature = "train")]
+pub mod train;

@@ -608,7 +608,7 @@ fn owners(plan: &Plan) -> Vec<Vec<ShardId>> {
     }
     debug_assert_eq!(
         owners.iter().map(Vec::len).sum::<usize>(),
-        tensor_segments(plan).iter().map(Vec::len).sum()
+        tensor_segments(plan).iter().map(Vec::len).sum::<usize>()
     );
     for owners in &mut owners {
         owners.sort_unstable();

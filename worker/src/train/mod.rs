@@ -1,0 +1,48 @@
+//! The built-in trainer: models on candle, data, the loop, checkpoints.
+//!
+//! [`run`] trains one worker with any [`Reducer`]. Everything that decides the result comes from the settings, the
+//! seed (the plan's) and the step number, so a run can be repeated, and resumed from a checkpoint, to the bit, with
+//! any number of threads. [`Trainer`] is one worker's share without the loop, for programs with a loop of their own.
+
+pub mod data;
+mod local;
+pub mod model;
+mod observer;
+mod schedule;
+mod trainer;
+
+pub use local::LocalReducer;
+pub use observer::{Observer, Quiet, Validation};
+pub use schedule::Schedule;
+pub use trainer::{Trainer, optimizer_config, parameters, use_threads};
+
+use crate::record::RecordError;
+use crate::reducer::ReduceError;
+
+/// Why training stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum TrainError {
+    /// Settings out of range.
+    #[error(transparent)]
+    Setting(#[from] arc_topk_common::config::SettingError),
+    /// No usable data.
+    #[error(transparent)]
+    Data(#[from] data::DataError),
+    /// The model cannot be made or run.
+    #[error(transparent)]
+    Model(#[from] model::ModelError),
+    /// The other workers or the shards.
+    #[error(transparent)]
+    Reduce(#[from] ReduceError),
+    /// Records cannot be written.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// The plan was made for another model.
+    #[error(
+        "the plan does not fit the model: {detail}; build the plan from train::parameters of the same settings"
+    )]
+    Plan {
+        /// First difference.
+        detail: String,
+    },
+}
