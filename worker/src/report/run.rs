@@ -1,0 +1,295 @@
+//! A run as its workers recorded it, merged into one: losses and times are means over workers, bytes are those of
+//! one worker on average.
+
+use super::ReportError;
+use crate::record::{RunSummary, STEPS_FILE, SUMMARY_FILE, StepRecord, read_steps, read_summary};
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// One run, its workers merged.
+#[derive(Clone, Debug, Default)]
+pub struct Run {
+    /// What to call it in tables and legends.
+    pub name: String,
+    /// Totals and settings, as rank 0 wrote them; rebuilt from the steps where a run was killed before its end.
+    pub summary: RunSummary,
+    /// One record per step, merged over workers.
+    pub steps: Vec<StepRecord>,
+    /// Whether the run came to its end and wrote a summary.
+    pub finished: bool,
+}
+
+impl Run {
+    /// Reads a run's directory: one worker's records, or a `worker-<rank>` directory for each.
+    ///
+    /// # Errors
+    /// [`ReportError::NoRun`] if there are no records; [`ReportError::Record`] if they cannot be read.
+    pub fn load(dir: &Path) -> Result<Self, ReportError> {
+        let mut sources: Vec<PathBuf> = (0..)
+            .map(|rank| dir.join(format!("worker-{rank}")))
+            .take_while(|worker| worker.is_dir())
+            .collect();
+        sources.retain(|worker| worker.join(STEPS_FILE).is_file());
+        if sources.is_empty() {
+            if !dir.join(STEPS_FILE).is_file() {
+                return Err(ReportError::NoRun(dir.to_owned()));
+            }
+            sources.push(dir.to_owned());
+        }
+        let all: Vec<Vec<StepRecord>> = sources
+            .iter()
+            .map(|source| read_steps(source))
+            .collect::<Result<_, _>>()?;
+        let summary = sources
+            .iter()
+            .find(|source| source.join(SUMMARY_FILE).is_file());
+        let summary = summary.map(|source| read_summary(source)).transpose()?;
+        let fallback = dir
+            .file_name()
+            .unwrap_or_default()
+            .to_string_lossy()
+            .into_owned();
+        Ok(Self::new(summary, &all, fallback))
+    }
+
+    /// A run from records that are in memory already; `name` is used where the summary has none.
+    #[must_use]
+    pub fn new(summary: Option<RunSummary>, workers: &[Vec<StepRecord>], name: String) -> Self {
+        let steps = merge(workers);
+        let finished = summary.is_some();
+        let mut summary = summary.unwrap_or_default();
+        if !finished {
+            steps.iter().for_each(|record| summary.add(record));
+        }
+        let name = if summary.name.is_empty() {
+            name
+        } else {
+            summary.name.clone()
+        };
+        Self {
+            name,
+            summary,
+            steps,
+            finished,
+        }
+    }
+
+    /// Mean bytes sent and received by a worker, all steps.
+    #[must_use]
+    pub fn bytes(&self) -> (f64, f64) {
+        let sum = |pick: fn(&StepRecord) -> u64| self.steps.iter().map(|r| pick(r) as f64).sum();
+        (sum(|r| r.bytes_sent), sum(|r| r.bytes_received))
+    }
+
+    /// Bytes in both directions over what dense f32 would have moved; `None` without steps.
+    #[must_use]
+    pub fn ratio(&self) -> Option<f64> {
+        ratio_of(self.steps.iter())
+    }
+
+    /// As [`Run::ratio`], of the steps after warm-up and ramp: those at the lowest density met.
+    #[must_use]
+    pub fn steady_ratio(&self) -> Option<f64> {
+        let lowest = self
+            .steps
+            .iter()
+            .map(|r| r.density)
+            .fold(f32::INFINITY, f32::min);
+        ratio_of(self.steps.iter().filter(|r| r.density <= lowest * 1.01))
+    }
+
+    /// Median seconds of a step as measured; `None` without steps.
+    #[must_use]
+    pub fn step_seconds(&self) -> Option<f64> {
+        let mut all: Vec<f32> = self
+            .steps
+            .iter()
+            .map(|r| r.step_seconds)
+            .filter(|s| s.is_finite())
+            .collect();
+        all.sort_by(f32::total_cmp);
+        all.get(all.len() / 2).map(|&s| f64::from(s))
+    }
+
+    /// Mean seconds per step of compute, compression, waiting and the rest.
+    #[must_use]
+    pub fn phases(&self) -> [f64; 4] {
+        let count = self.steps.len().max(1) as f64;
+        let mean = |pick: fn(&StepRecord) -> f32| {
+            self.steps.iter().map(|r| f64::from(pick(r))).sum::<f64>() / count
+        };
+        let known = [
+            mean(|r| r.compute_seconds),
+            mean(|r| r.compress_seconds),
+            mean(|r| r.wait_seconds),
+        ];
+        let rest = (mean(|r| r.step_seconds) - known.iter().sum::<f64>()).max(0.0);
+        [known[0], known[1], known[2], rest]
+    }
+
+    /// Predicted seconds of every step, were each worker behind a link of its own at this rate.
+    ///
+    /// Compute and compression count as measured; what is sent and what is received take turns on the link, as they
+    /// do in a step of one bucket. Shards are taken to be fast enough and the round trip to be short.
+    pub fn predicted_step_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
+        self.steps.iter().map(move |record| {
+            let local = f64::from(record.compute_seconds) + f64::from(record.compress_seconds);
+            local + 8.0 * (record.bytes_sent + record.bytes_received) as f64 / bits_per_second
+        })
+    }
+
+    /// Steps and validation losses, in order.
+    pub fn validations(&self) -> impl Iterator<Item = (&StepRecord, f32)> {
+        let finite = |r: &'_ StepRecord| r.validation_loss.filter(|loss| loss.is_finite());
+        self.steps
+            .iter()
+            .filter_map(move |r| finite(r).map(|loss| (r, loss)))
+    }
+
+    /// A setting that the run echoed, wherever it stands in the echo.
+    #[must_use]
+    pub fn setting(&self, key: &str) -> Option<String> {
+        settings(&self.summary.config).remove(key)
+    }
+}
+
+/// The echo of a run's settings as flat keys and plain texts; tables inside it lose their name.
+#[must_use]
+pub fn settings(config: &serde_json::Value) -> BTreeMap<String, String> {
+    let mut flat = BTreeMap::new();
+    if let serde_json::Value::Object(fields) = config {
+        for (key, value) in fields {
+            match value {
+                serde_json::Value::Object(_) => flat.extend(settings(value)),
+                serde_json::Value::Null => {}
+                serde_json::Value::String(text) => drop(flat.insert(key.clone(), text.clone())),
+                // f32 settings come back as f64: 0.003 must not read 0.003000000026077032.
+                serde_json::Value::Number(number) if number.is_f64() => {
+                    let value = number.as_f64().unwrap_or_default() as f32;
+                    flat.insert(key.clone(), value.to_string());
+                }
+                other => drop(flat.insert(key.clone(), other.to_string())),
+            }
+        }
+    }
+    flat
+}
+
+fn ratio_of<'a>(records: impl Iterator<Item = &'a StepRecord>) -> Option<f64> {
+    let (moved, dense) = records.fold((0, 0), |(moved, dense), r| {
+        (
+            moved + r.bytes_sent + r.bytes_received,
+            dense + 2 * r.dense_equivalent_bytes,
+        )
+    });
+    (dense > 0).then(|| moved as f64 / dense as f64)
+}
+
+/// Means over the workers that have a step. The order of workers does not matter to a reader, so neither does rounding.
+fn merge(workers: &[Vec<StepRecord>]) -> Vec<StepRecord> {
+    let mut by_step: BTreeMap<u64, Vec<&StepRecord>> = BTreeMap::new();
+    for record in workers.iter().flatten() {
+        by_step.entry(record.step).or_default().push(record);
+    }
+    by_step
+        .into_values()
+        .map(|records| merge_step(&records))
+        .collect()
+}
+
+fn merge_step(records: &[&StepRecord]) -> StepRecord {
+    let count = records.len();
+    let mean = |pick: fn(&StepRecord) -> f32| {
+        (records.iter().map(|r| f64::from(pick(r))).sum::<f64>() / count as f64) as f32
+    };
+    let optional = |pick: fn(&StepRecord) -> Option<f32>| {
+        let known: Vec<f64> = records
+            .iter()
+            .filter_map(|r| pick(r))
+            .map(f64::from)
+            .collect();
+        (!known.is_empty()).then(|| (known.iter().sum::<f64>() / known.len() as f64) as f32)
+    };
+    let whole =
+        |pick: fn(&StepRecord) -> u64| records.iter().map(|r| pick(r)).sum::<u64>() / count as u64;
+    StepRecord {
+        loss: mean(|r| r.loss),
+        tokens: records.iter().map(|r| r.tokens).sum(),
+        step_seconds: mean(|r| r.step_seconds),
+        compute_seconds: mean(|r| r.compute_seconds),
+        compress_seconds: mean(|r| r.compress_seconds),
+        wait_seconds: mean(|r| r.wait_seconds),
+        bytes_sent: whole(|r| r.bytes_sent),
+        bytes_received: whole(|r| r.bytes_received),
+        captured_energy: optional(|r| r.captured_energy),
+        residual_ratio: optional(|r| r.residual_ratio),
+        validation_loss: optional(|r| r.validation_loss),
+        validation_accuracy: optional(|r| r.validation_accuracy),
+        ..records[0].clone()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(step: u64, loss: f32, sent: u64) -> StepRecord {
+        StepRecord {
+            step,
+            loss,
+            bytes_sent: sent,
+            bytes_received: sent,
+            dense_equivalent_bytes: 1000,
+            density: if step == 0 { 1.0 } else { 0.25 },
+            ..StepRecord::default()
+        }
+    }
+
+    #[test]
+    fn workers_are_averaged_and_a_lost_one_is_left_out() {
+        let first = vec![record(0, 2.0, 1000), record(1, 1.0, 100)];
+        let second = vec![record(0, 4.0, 1000)];
+        let run = Run::new(None, &[first, second], "x".into());
+        assert_eq!(run.steps.len(), 2);
+        assert_eq!((run.steps[0].loss, run.steps[1].loss), (3.0, 1.0));
+        assert_eq!(run.bytes(), (1100.0, 1100.0));
+        assert!((run.ratio().unwrap() - 0.55).abs() < 1e-12);
+        assert!((run.steady_ratio().unwrap() - 0.1).abs() < 1e-12);
+        assert!(!run.finished);
+    }
+
+    #[test]
+    fn an_empty_run_has_no_figures() {
+        let run = Run::new(None, &[], "x".into());
+        assert_eq!(
+            (run.ratio(), run.steady_ratio(), run.step_seconds()),
+            (None, None, None)
+        );
+        assert_eq!(run.phases(), [0.0; 4]);
+    }
+
+    #[test]
+    fn prediction_adds_the_link_to_local_work() {
+        let mut one = record(0, 1.0, 500_000);
+        one.compute_seconds = 0.5;
+        let run = Run::new(None, &[vec![one]], "x".into());
+        let seconds: Vec<f64> = run.predicted_step_seconds(8e6).collect();
+        assert_eq!(seconds, [1.5]);
+    }
+
+    #[test]
+    fn settings_are_flattened_and_keep_their_spelling() {
+        let config = serde_json::json!({"train": {"lr": f64::from(0.003f32), "data": null}, "name": "arc", "steps": 3});
+        let flat = settings(&config);
+        assert_eq!(flat["lr"], "0.003");
+        assert_eq!(flat["name"], "arc");
+        assert_eq!(flat.len(), 3);
+    }
+
+    #[test]
+    fn a_directory_without_records_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let error = Run::load(dir.path()).unwrap_err().to_string();
+        assert!(error.contains("holds no run"), "{error}");
+    }
+}
