@@ -5,6 +5,7 @@
 //! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
 //! | [`memory`] | a whole job in one process, without sockets |
 //! | [`record`] | what a run leaves behind: `steps.jsonl` and `summary.json` |
+//! | `report` | the closing table and the HTML page, from records (feature `train`) |
 //! | [`step`] | one training step as a machine without sockets |
 //! | [`reducer`] | what a trainer sees |
 //! | [`session`] | a reducer over QUIC |
@@ -14,6 +15,8 @@ pub mod backend;
 pub mod memory;
 pub mod record;
 pub mod reducer;
+#[cfg(feature = "train")]
+pub mod report;
 pub mod session;
 pub mod step;
 #[cfg(feature = "train")]
