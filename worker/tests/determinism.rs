@@ -76,10 +76,10 @@ fn the_order_of_tensors_cannot_be_seen() {
             let gradients = gradients(&spec, 4, number);
             cluster.begin();
             for at in 0..spec.tensors.len() {
-                for rank in 0..4 {
+                for (rank, own) in gradients.iter().enumerate() {
                     // Another order on every worker.
                     let id = (at * 3 + shift * (rank + 1)) % spec.tensors.len();
-                    let gradient = Gradient::F32(&gradients[rank][id]);
+                    let gradient = Gradient::F32(&own[id]);
                     cluster
                         .push(Rank(rank as u16), TensorId(id as u32), gradient)
                         .unwrap();

@@ -35,6 +35,7 @@
 //! writes the result. That is 3 reads and 3 writes of main memory, one of each for the copy that lets the trainer
 //! keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read g, U and e once more.
 
+mod commit;
 mod error;
 mod result;
 mod round;
@@ -48,13 +49,12 @@ pub use stats::{ByteCounts, StepOutcome, StepStats};
 
 use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};
 use arc_topk_common::compress::{Kernels, ProjectionKey};
-use arc_topk_common::config::algorithm::{Compressor, Feedback, RoundKind};
+use arc_topk_common::config::algorithm::{Compressor, RoundKind};
 use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step, TensorId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::FrameHeader;
 use bytes::Bytes;
 use round::{Committed, Round, State, Traffic};
-use state::array_name;
 use std::sync::Arc;
 
 /// Steps between measurements of energies and norms, unless set otherwise.
@@ -378,63 +378,6 @@ impl StepMachine {
         }
     }
 
-    /// Step, update and feedback state, exactly. In an open step: as it was when the step began.
-    #[must_use]
-    pub fn export_state(&self) -> WorkerState {
-        let arrays = self.plan.tensors.iter().flat_map(|tensor| {
-            let named = self.backend.export(tensor.id).into_iter();
-            named.map(|(array, values)| (array_name(array, &tensor.spec.name), values))
-        });
-        WorkerState {
-            step: self.step,
-            update: self.update,
-            arrays: arrays.collect(),
-        }
-    }
-
-    /// Continues from a saved state.
-    ///
-    /// # Errors
-    /// If a step is open, or the state does not fit the plan. Nothing changes then; the error names the tensor.
-    pub fn import_state(&mut self, state: WorkerState) -> Result<(), ImportError> {
-        if self.progress == Progress::Open {
-            return Err(ImportError::StepOpen);
-        }
-        let mut saved: std::collections::BTreeMap<String, Vec<f32>> =
-            state.arrays.into_iter().collect();
-        let mut imports = Vec::new();
-        for tensor in &self.plan.tensors {
-            for (array, expected) in self.backend.state_lengths(tensor.id) {
-                let name = tensor.spec.name.clone();
-                let Some(values) = saved.remove(&array_name(array, &name)) else {
-                    return Err(ImportError::Missing {
-                        array,
-                        tensor: name,
-                    });
-                };
-                if values.len() != expected {
-                    return Err(ImportError::Length {
-                        array,
-                        tensor: name,
-                        expected,
-                        actual: values.len(),
-                    });
-                }
-                imports.push((tensor.id, array, values));
-            }
-        }
-        if let Some((name, _)) = saved.pop_first() {
-            return Err(ImportError::Unknown { name });
-        }
-        for (tensor, array, values) in imports {
-            self.backend.import(tensor, array, &values);
-        }
-        self.step = state.step;
-        self.update = state.update;
-        self.progress = Progress::Idle;
-        Ok(())
-    }
-
     fn kind(&self) -> RoundKind {
         self.plan.spec.algorithm.round_kind(self.update)
     }
@@ -528,70 +471,6 @@ impl StepMachine {
         let start = bucket.index() * shards;
         for round in self.rounds[start..start + shards].iter_mut().flatten() {
             out.push(round.open(&mut *self.backend, &ctx, &mut self.traffic));
-        }
-    }
-
-    fn commit_rounds(&mut self, measure: bool) -> Committed {
-        // ef21's result is the whole estimate H, whichever rows moved it.
-        let estimates = matches!(
-            self.plan.spec.algorithm.feedback,
-            Feedback::Ef21 | Feedback::Ef21m
-        );
-        for (came, tensor) in self.came.iter_mut().zip(&self.plan.tensors) {
-            came.rows.clear();
-            came.all = !tensor.sparse || estimates;
-        }
-        let mut total = Committed::default();
-        let came = &mut self.came;
-        for round in self.rounds.iter_mut().flatten() {
-            let committed = round.commit(&mut *self.backend, measure, &mut |segment, rows| {
-                let came = &mut came[segment.segment.tensor.index()];
-                match rows {
-                    Some(rows) => came.rows.extend_from_slice(rows),
-                    None => came.all = true,
-                }
-            });
-            total.sparse.input += committed.sparse.input;
-            total.sparse.sent += committed.sparse.sent;
-            total.residual += committed.residual;
-            total.elements_came += committed.elements_came;
-        }
-        for came in &mut self.came {
-            // Shards own ranges in any order.
-            came.rows.sort_unstable();
-        }
-        total
-    }
-
-    fn stats(&self, committed: &Committed, measured: bool) -> StepStats {
-        let sparse_elements = self
-            .plan
-            .tensors
-            .iter()
-            .filter(|t| t.sparse)
-            .map(|t| (t.rows * t.width) as u64);
-        let sparse_elements: u64 = sparse_elements.sum();
-        let elements: u64 = self
-            .plan
-            .tensors
-            .iter()
-            .map(|tensor| tensor.elements as u64)
-            .sum();
-        let captured = committed.sparse.sent / committed.sparse.input;
-        StepStats {
-            sent: self.traffic.sent,
-            received: self.traffic.received,
-            dense_equivalent_bytes: 4 * elements,
-            captured_energy: (measured && committed.sparse.input > 0.0).then_some(captured as f32),
-            density: if sparse_elements == 0 {
-                1.0
-            } else {
-                committed.elements_came as f32 / sparse_elements as f32
-            },
-            gradient_norm: measured.then(|| self.gradient_energy.sqrt() as f32),
-            residual_norm: measured.then(|| committed.residual.sqrt() as f32),
-            compress_seconds: 0.0,
-            wait_seconds: 0.0,
         }
     }
 }

@@ -1,6 +1,8 @@
 //! A worker's feedback state outside of the machine, for checkpoints.
 
+use super::{ImportError, Progress, StepMachine};
 use arc_topk_common::ids::Step;
+use std::collections::BTreeMap;
 
 /// Everything that a worker must keep to continue to the bit.
 #[derive(Clone, PartialEq, Debug, Default)]
@@ -14,6 +16,64 @@ pub struct WorkerState {
 }
 
 /// Name of a tensor's array.
-pub(super) fn array_name(array: &str, tensor: &str) -> String {
+fn array_name(array: &str, tensor: &str) -> String {
     format!("{array}/{tensor}")
+}
+
+impl StepMachine {
+    /// Step, update and feedback state, exactly. In an open step: as it was when the step began.
+    #[must_use]
+    pub fn export_state(&self) -> WorkerState {
+        let arrays = self.plan.tensors.iter().flat_map(|tensor| {
+            let named = self.backend.export(tensor.id).into_iter();
+            named.map(|(array, values)| (array_name(array, &tensor.spec.name), values))
+        });
+        WorkerState {
+            step: self.step,
+            update: self.update,
+            arrays: arrays.collect(),
+        }
+    }
+
+    /// Continues from a saved state.
+    ///
+    /// # Errors
+    /// If a step is open, or the state does not fit the plan. Nothing changes then; the error names the tensor.
+    pub fn import_state(&mut self, state: WorkerState) -> Result<(), ImportError> {
+        if self.progress == Progress::Open {
+            return Err(ImportError::StepOpen);
+        }
+        let mut saved: BTreeMap<String, Vec<f32>> = state.arrays.into_iter().collect();
+        let mut imports = Vec::new();
+        for tensor in &self.plan.tensors {
+            for (array, expected) in self.backend.state_lengths(tensor.id) {
+                let name = tensor.spec.name.clone();
+                let Some(values) = saved.remove(&array_name(array, &name)) else {
+                    return Err(ImportError::Missing {
+                        array,
+                        tensor: name,
+                    });
+                };
+                if values.len() != expected {
+                    return Err(ImportError::Length {
+                        array,
+                        tensor: name,
+                        expected,
+                        actual: values.len(),
+                    });
+                }
+                imports.push((tensor.id, array, values));
+            }
+        }
+        if let Some((name, _)) = saved.pop_first() {
+            return Err(ImportError::Unknown { name });
+        }
+        for (tensor, array, values) in imports {
+            self.backend.import(tensor, array, &values);
+        }
+        self.step = state.step;
+        self.update = state.update;
+        self.progress = Progress::Idle;
+        Ok(())
+    }
 }

@@ -184,3 +184,17 @@ pub fn assert_close(what: &str, actual: &[f32], expected: &[f32], tolerance: f32
         );
     }
 }
+
+/// Mean of a tensor's gradients over the workers.
+pub fn mean(gradients: &Gradients, id: usize) -> Vec<f32> {
+    let elements = gradients[0][id].len();
+    let sum = |i| {
+        gradients
+            .iter()
+            .map(|worker| f64::from(worker[id][i]))
+            .sum::<f64>()
+    };
+    (0..elements)
+        .map(|i| (sum(i) / gradients.len() as f64) as f32)
+        .collect()
+}
