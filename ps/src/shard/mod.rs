@@ -40,7 +40,7 @@ pub use status::{
     JournalLine, LossPoint, MemberStatus, OpenRound, PlanStatus, Stage, Status, Totals,
 };
 
-use arc_topk_common::ids::Step;
+use arc_topk_common::ids::{Epoch, Step};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{Control, RefusalCode, RoundShape};
 use core::time::Duration;
@@ -80,6 +80,19 @@ struct Job {
     start_step: Step,
     members: Members,
     rounds: Rounds,
+}
+
+/// How much the machine holds now.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct Load {
+    /// Workers.
+    pub members: u16,
+    /// Version of the membership.
+    pub epoch: Epoch,
+    /// Rounds that wait for someone.
+    pub open_rounds: usize,
+    /// Bytes of frames that wait for their turn.
+    pub parked_bytes: usize,
 }
 
 /// The machine. See the module.
@@ -136,6 +149,17 @@ impl Shard {
     #[must_use]
     pub fn open_rounds_limit(&self) -> usize {
         self.job.as_ref().map_or(0, |job| job.rounds.open_limit())
+    }
+
+    /// How much it holds now.
+    #[must_use]
+    pub fn load(&self) -> Load {
+        self.job.as_ref().map_or_else(Load::default, |job| Load {
+            members: job.members.count() as u16,
+            epoch: job.members.epoch(),
+            open_rounds: job.rounds.open().count(),
+            parked_bytes: job.rounds.open().map(|(.., round)| round.all_parked_bytes()).sum(),
+        })
     }
 
     /// Takes one event and appends what follows from it. `now` counts from any fixed moment and never falls.

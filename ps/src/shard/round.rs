@@ -196,6 +196,11 @@ impl Round {
         self.phase.parked.get(&rank).map_or(0, Bytes::len)
     }
 
+    /// Bytes of all ranks that wait for their turn.
+    pub(crate) fn all_parked_bytes(&self) -> usize {
+        self.phase.parked.values().map(Bytes::len).sum()
+    }
+
     /// Dense f32 bytes that one worker would send for this bucket and shard.
     pub(crate) fn dense_equivalent_bytes(&self) -> u64 {
         4 * (self.shape.sparse_elements() + self.shape.dense_elements()) as u64

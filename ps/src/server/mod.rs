@@ -1,0 +1,268 @@
+//! The async shell around the machine: QUIC sessions, the thread that owns the machine, admin HTTP.
+//!
+//! ```text
+//! endpoint ─ session task per connection ─┬─ control reader, control writer
+//!                                         └─ task per round stream ──┐ frames
+//!                 replies (dashmap: session, step, bucket → stream)  ▼
+//!                                  └────────── owner thread: Shard::handle
+//! ```
+//!
+//! It decides nothing: what a peer sends becomes an event, what the machine answers is written. What it adds are bounds in
+//! time and size that need a clock or a socket: a Hello within [`Timeouts::hello`], a frame's header within
+//! [`Timeouts::header`] of its stream, a body that keeps moving, no body longer than the plan allows, no more streams than
+//! the plan has rounds, no more sessions than a small multiple of the world.
+
+pub mod admin;
+mod frames;
+mod observe;
+mod owner;
+mod session;
+
+use crate::shard::{Event, SessionId, Shard, ShardConfig, Status};
+use admin::{Admin, AdminBindError, Answer, SHARD_PAGE};
+use arc_topk_common::ids::{BucketId, Step};
+use arc_topk_common::metrics::ShardMetrics;
+use arc_topk_common::wire::FrameHeader;
+use arc_topk_transport::{Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint};
+use bytes::Bytes;
+use core::net::SocketAddr;
+use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
+use core::time::Duration;
+use dashmap::DashMap;
+use owner::Command;
+use session::SessionHandle;
+use std::sync::Arc;
+use std::time::Instant;
+use tokio::sync::{mpsc, oneshot, watch};
+
+/// Events that may wait for the machine; senders wait beyond it, and QUIC's windows fill.
+const EVENTS_QUEUED: usize = 1024;
+/// Interval at which connections are measured and the machine is told the time.
+const TICK: Duration = Duration::from_secs(1);
+/// What a shutdown waits for refusals to reach their workers.
+const GOODBYE: Duration = Duration::from_secs(2);
+
+/// Patience with peers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Timeouts {
+    /// From a handshake to the Hello.
+    pub hello: Duration,
+    /// From a round stream's opening to its first header.
+    pub header: Duration,
+    /// Between two pieces of a body.
+    pub body: Duration,
+}
+
+impl Default for Timeouts {
+    fn default() -> Self {
+        let patience = Duration::from_secs(10);
+        Self { hello: patience, header: patience, body: patience }
+    }
+}
+
+/// What a server needs.
+#[derive(Clone, Debug)]
+pub struct ServeOptions {
+    /// UDP address for workers.
+    pub listen: SocketAddr,
+    /// HTTP address of the admin pages, if any.
+    pub admin: Option<SocketAddr>,
+    /// Certificate of this shard.
+    pub identity: Identity,
+    /// Settings of QUIC.
+    pub transport: TransportConfig,
+    /// What the machine is told.
+    pub shard: ShardConfig,
+    /// Patience with peers.
+    pub timeouts: Timeouts,
+}
+
+/// Why a server cannot start. Every text names cause and remedy.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The UDP side.
+    #[error(transparent)]
+    Transport(#[from] TransportError),
+    /// The HTTP side.
+    #[error(transparent)]
+    Admin(#[from] AdminBindError),
+    /// The system gives no thread, or does not tell an address.
+    #[error("the operating system refused {what}: {source}; look at the limits of this user (ulimit -a)")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// Its answer.
+        source: std::io::Error,
+    },
+}
+
+/// What tasks share.
+#[derive(Debug)]
+pub(crate) struct Hub {
+    commands: mpsc::Sender<Command>,
+    sessions: DashMap<SessionId, SessionHandle>,
+    /// Where the answers of an open round go.
+    streams: DashMap<(SessionId, Step, BucketId), mpsc::UnboundedSender<(FrameHeader, Bytes)>>,
+    /// Longest body under the current plan.
+    body_limit: AtomicUsize,
+    /// Streams that a session may hold open under the current plan.
+    stream_limit: AtomicU32,
+    closing: AtomicBool,
+    started: Instant,
+    next_session: AtomicU64,
+    sessions_limit: usize,
+    timeouts: Timeouts,
+    metrics: ShardMetrics,
+}
+
+impl Hub {
+    /// Hands an event to the machine; waits while its queue is full.
+    async fn event(&self, event: Event) {
+        // The owner ends only with the process: then nobody needs the event.
+        let _ended = self.commands.send(Command::Event(event)).await;
+    }
+
+    /// The machine's status; `None` once it has ended.
+    async fn status(&self) -> Option<Status> {
+        let (reply, status) = oneshot::channel();
+        self.commands.send(Command::Status(reply)).await.ok()?;
+        status.await.ok().map(|status| *status)
+    }
+}
+
+impl Admin for Hub {
+    fn metrics(&self) -> String {
+        self.metrics.text()
+    }
+
+    fn ready(&self) -> Answer<'_, Result<(), String>> {
+        Box::pin(async {
+            if self.closing.load(Ordering::Relaxed) {
+                return Err("shutting down".to_owned());
+            }
+            // A machine that answers takes workers.
+            self.status().await.map(drop).ok_or_else(|| "the shard's thread has ended".to_owned())
+        })
+    }
+
+    fn status(&self) -> Answer<'_, String> {
+        Box::pin(async {
+            let status = Hub::status(self).await;
+            status.and_then(|status| serde_json::to_string(&status).ok()).unwrap_or_else(|| "null".to_owned())
+        })
+    }
+
+    fn page(&self) -> &'static str {
+        SHARD_PAGE
+    }
+}
+
+/// A running shard.
+#[derive(Debug)]
+pub struct Server {
+    hub: Arc<Hub>,
+    endpoint: Endpoint,
+    quic_address: SocketAddr,
+    admin_address: Option<SocketAddr>,
+    stop: watch::Sender<bool>,
+}
+
+impl Server {
+    /// Takes the addresses and serves from then on.
+    ///
+    /// # Errors
+    /// An address that is in use or not of this machine, certificates that do not fit.
+    pub async fn start(options: ServeOptions) -> Result<Self, ServeError> {
+        let system = |what| move |source| ServeError::System { what, source };
+        let endpoint = server_endpoint(options.listen, &options.identity, &options.transport)?;
+        let quic_address = endpoint.local_addr().map_err(system("the address of its UDP socket"))?;
+        let listener = match options.admin {
+            Some(address) => Some(admin::bind(address).await?),
+            None => None,
+        };
+        let admin_address = match &listener {
+            Some(listener) => Some(listener.local_addr().map_err(system("the address of its HTTP socket"))?),
+            None => None,
+        };
+        let (commands, queue) = mpsc::channel(EVENTS_QUEUED);
+        let hub = Arc::new(Hub {
+            commands,
+            sessions: DashMap::new(),
+            streams: DashMap::new(),
+            body_limit: AtomicUsize::new(0),
+            stream_limit: AtomicU32::new(1),
+            closing: AtomicBool::new(false),
+            started: Instant::now(),
+            next_session: AtomicU64::new(1),
+            sessions_limit: 2 * usize::from(options.shard.world) + 64,
+            timeouts: options.timeouts,
+            metrics: ShardMetrics::new(),
+        });
+        owner::spawn(Shard::new(options.shard), queue, hub.clone()).map_err(system("a thread"))?;
+        let (stop, stopped) = watch::channel(false);
+        if let Some(listener) = listener {
+            let mut until = stopped.clone();
+            let served = admin::serve(listener, hub.clone(), async move { drop(until.wait_for(|stop| *stop).await) });
+            tokio::spawn(served);
+        }
+        tokio::spawn(session::accept(hub.clone(), endpoint.clone()));
+        tokio::spawn(tick(hub.clone(), stopped));
+        Ok(Self { hub, endpoint, quic_address, admin_address, stop })
+    }
+
+    /// UDP address that workers dial.
+    #[must_use]
+    pub fn quic_address(&self) -> SocketAddr {
+        self.quic_address
+    }
+
+    /// HTTP address of the admin pages.
+    #[must_use]
+    pub fn admin_address(&self) -> Option<SocketAddr> {
+        self.admin_address
+    }
+
+    /// The machine's status; `None` after it ended.
+    pub async fn status(&self) -> Option<Status> {
+        self.hub.status().await
+    }
+
+    /// Metrics in Prometheus' text format.
+    #[must_use]
+    pub fn metrics(&self) -> String {
+        self.hub.metrics.text()
+    }
+
+    /// Tells the workers, closes, and ends within a few seconds.
+    pub async fn shutdown(self, reason: &str) {
+        self.hub.closing.store(true, Ordering::Relaxed);
+        // No new sessions from here on.
+        self.endpoint.set_server_config(None);
+        self.hub.event(Event::Shutdown { reason: reason.to_owned() }).await;
+        let gone = async {
+            while !self.hub.sessions.is_empty() {
+                tokio::time::sleep(Duration::from_millis(20)).await;
+            }
+        };
+        // Workers that do not read their refusal see the connection close instead.
+        let _slow = tokio::time::timeout(GOODBYE, gone).await;
+        let _ended = self.hub.commands.send(Command::Stop).await;
+        let _nobody = self.stop.send(true);
+        self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
+        let _slow = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
+    }
+}
+
+/// Measures connections, and tells the machine that time goes by.
+async fn tick(hub: Arc<Hub>, mut stopped: watch::Receiver<bool>) {
+    let mut interval = tokio::time::interval(TICK);
+    interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        tokio::select! {
+            _ = interval.tick() => {}
+            _ = stopped.wait_for(|stop| *stop) => return,
+        }
+        observe::connections(&hub);
+        hub.event(Event::Tick).await;
+    }
+}
