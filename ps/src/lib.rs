@@ -1,5 +1,11 @@
 //! The sharded parameter server of arc-topk.
 //!
-//! [`shard`] is the deterministic machine: what is computed and who takes part. Everything async around it moves bytes.
+//! | module | room for |
+//! |---|---|
+//! | [`shard`] | the deterministic machine: membership, rounds, selection, aggregation |
+//! | [`server`] | QUIC sessions and admin HTTP around it |
+//! | [`cli`] | `arc-ps`, callable from other binaries |
 
+pub mod cli;
+pub mod server;
 pub mod shard;

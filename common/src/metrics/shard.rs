@@ -18,6 +18,7 @@ pub struct ShardMetrics {
     epoch: IntGauge,
     lost_workers: IntCounter,
     refusals: IntCounterVec,
+    failed_handshakes: IntCounter,
     straggler_wait_seconds: prometheus::CounterVec,
 }
 
@@ -69,6 +70,10 @@ impl ShardMetrics {
                 "Workers that vanished or were removed",
             ),
             refusals: r.counters("arc_refusals_total", "Peers refused, by code", &["code"]),
+            failed_handshakes: r.counter(
+                "arc_failed_handshakes_total",
+                "Connections that ended in the TLS handshake: wrong certificate, authority or protocol",
+            ),
             straggler_wait_seconds: r.add(prometheus::CounterVec::new(
                 Opts::new(
                     "arc_straggler_wait_seconds_total",
@@ -130,6 +135,11 @@ impl ShardMetrics {
     /// A peer was refused.
     pub fn refused(&self, code: crate::wire::RefusalCode) {
         self.refusals.with_label_values(&[code.label()]).inc();
+    }
+
+    /// A connection ended in its handshake.
+    pub fn handshake_failed(&self) {
+        self.failed_handshakes.inc();
     }
 
     /// The others waited for `rank`.

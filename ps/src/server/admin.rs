@@ -38,7 +38,9 @@ pub trait Admin: Send + Sync + 'static {
 
 /// Why the admin address cannot be used.
 #[derive(Debug, thiserror::Error)]
-#[error("cannot listen on {address} for the admin pages: {source}; choose another address with --admin-listen, or `off`")]
+#[error(
+    "cannot listen on {address} for the admin pages: {source}; choose another address with --admin-listen, or `off`"
+)]
 pub struct AdminBindError {
     address: SocketAddr,
     source: io::Error,
@@ -49,14 +51,20 @@ pub struct AdminBindError {
 /// # Errors
 /// If it is in use or not of this machine.
 pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminBindError> {
-    TcpListener::bind(address).await.map_err(|source| AdminBindError { address, source })
+    TcpListener::bind(address)
+        .await
+        .map_err(|source| AdminBindError { address, source })
 }
 
 /// Serves until `until` is done.
 ///
 /// # Errors
 /// If the listener fails.
-pub async fn serve(listener: TcpListener, admin: Arc<dyn Admin>, until: impl Future<Output = ()> + Send + 'static) -> io::Result<()> {
+pub async fn serve(
+    listener: TcpListener,
+    admin: Arc<dyn Admin>,
+    until: impl Future<Output = ()> + Send + 'static,
+) -> io::Result<()> {
     let routes = Router::new()
         .route("/", get(page))
         .route("/metrics", get(metrics))
@@ -64,14 +72,19 @@ pub async fn serve(listener: TcpListener, admin: Arc<dyn Admin>, until: impl Fut
         .route("/readyz", get(ready))
         .route("/status", get(status))
         .with_state(admin);
-    axum::serve(listener, routes).with_graceful_shutdown(until).await
+    axum::serve(listener, routes)
+        .with_graceful_shutdown(until)
+        .await
 }
 
 async fn page(State(admin): State<Arc<dyn Admin>>) -> Response {
     let mut response = typed("text/html; charset=utf-8", admin.page().to_owned());
     // Host and job names come from peers; the page sets them as text, and nothing from elsewhere may run.
     let policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'; img-src data:";
-    response.headers_mut().insert(header::CONTENT_SECURITY_POLICY, HeaderValue::from_static(policy));
+    response.headers_mut().insert(
+        header::CONTENT_SECURITY_POLICY,
+        HeaderValue::from_static(policy),
+    );
     response
 }
 
@@ -91,6 +104,10 @@ async fn status(State(admin): State<Arc<dyn Admin>>) -> Response {
 }
 
 fn typed(content_type: &'static str, body: String) -> Response {
-    let headers = [(header::CONTENT_TYPE, content_type), (header::CACHE_CONTROL, "no-store"), (header::X_CONTENT_TYPE_OPTIONS, "nosniff")];
+    let headers = [
+        (header::CONTENT_TYPE, content_type),
+        (header::CACHE_CONTROL, "no-store"),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+    ];
     (headers, body).into_response()
 }

@@ -22,7 +22,11 @@ pub(super) enum FrameFault {
     )]
     NoHeader(Duration),
     #[error("a frame stood still for {:.1} s after {got} of its {expected} bytes: the worker is stuck, or its link is gone", .waited.as_secs_f64())]
-    Stuck { waited: Duration, got: usize, expected: usize },
+    Stuck {
+        waited: Duration,
+        got: usize,
+        expected: usize,
+    },
     #[error(
         "a frame announces {claimed} bytes, above the limit of {limit} under this plan: nothing of it was read; run the same release with the same plan everywhere"
     )]
@@ -43,7 +47,9 @@ pub(super) async fn read(
     let mut bytes = [0; HEADER_BYTES];
     let reading = stream.read_exact(&mut bytes);
     let read = match patience_header {
-        Some(patience) => timeout(patience, reading).await.map_err(|_| FrameFault::NoHeader(patience))?,
+        Some(patience) => timeout(patience, reading)
+            .await
+            .map_err(|_| FrameFault::NoHeader(patience))?,
         None => reading.await,
     };
     read.map_err(|error| FrameFault::Gone(error.to_string()))?;
@@ -59,21 +65,33 @@ async fn read_body(
     patience: Duration,
 ) -> Result<Bytes, FrameFault> {
     if expected > limit {
-        return Err(FrameFault::TooLong { claimed: expected, limit });
+        return Err(FrameFault::TooLong {
+            claimed: expected,
+            limit,
+        });
     }
     let mut body = BytesMut::with_capacity(expected.min(FIRST_ALLOCATION_BYTES));
     let mut pieces: [Bytes; PIECES] = core::array::from_fn(|_| Bytes::new());
     while body.len() < expected {
         let got = body.len();
-        let stuck = |_| FrameFault::Stuck { waited: patience, got, expected };
-        let read = timeout(patience, stream.read_chunks(&mut pieces)).await.map_err(stuck)?;
+        let stuck = |_| FrameFault::Stuck {
+            waited: patience,
+            got,
+            expected,
+        };
+        let read = timeout(patience, stream.read_chunks(&mut pieces))
+            .await
+            .map_err(stuck)?;
         let Some(count) = read.map_err(|error| FrameFault::Gone(error.to_string()))? else {
             return Err(FrameFault::Truncated { got, expected });
         };
         for piece in &mut pieces[..count] {
             let piece = core::mem::take(piece);
             if body.len() + piece.len() > expected {
-                return Err(FrameFault::TooLong { claimed: body.len() + piece.len(), limit: expected });
+                return Err(FrameFault::TooLong {
+                    claimed: body.len() + piece.len(),
+                    limit: expected,
+                });
             }
             grow(&mut body, piece.len(), expected);
             body.extend_from_slice(&piece);

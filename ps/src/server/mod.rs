@@ -23,7 +23,9 @@ use admin::{Admin, AdminBindError, Answer, SHARD_PAGE};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::ShardMetrics;
 use arc_topk_common::wire::FrameHeader;
-use arc_topk_transport::{Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint};
+use arc_topk_transport::{
+    Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint,
+};
 use bytes::Bytes;
 use core::net::SocketAddr;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
@@ -56,7 +58,11 @@ pub struct Timeouts {
 impl Default for Timeouts {
     fn default() -> Self {
         let patience = Duration::from_secs(10);
-        Self { hello: patience, header: patience, body: patience }
+        Self {
+            hello: patience,
+            header: patience,
+            body: patience,
+        }
     }
 }
 
@@ -87,7 +93,9 @@ pub enum ServeError {
     #[error(transparent)]
     Admin(#[from] AdminBindError),
     /// The system gives no thread, or does not tell an address.
-    #[error("the operating system refused {what}: {source}; look at the limits of this user (ulimit -a)")]
+    #[error(
+        "the operating system refused {what}: {source}; look at the limits of this user (ulimit -a)"
+    )]
     System {
         /// What was asked for.
         what: &'static str,
@@ -141,14 +149,19 @@ impl Admin for Hub {
                 return Err("shutting down".to_owned());
             }
             // A machine that answers takes workers.
-            self.status().await.map(drop).ok_or_else(|| "the shard's thread has ended".to_owned())
+            self.status()
+                .await
+                .map(drop)
+                .ok_or_else(|| "the shard's thread has ended".to_owned())
         })
     }
 
     fn status(&self) -> Answer<'_, String> {
         Box::pin(async {
             let status = Hub::status(self).await;
-            status.and_then(|status| serde_json::to_string(&status).ok()).unwrap_or_else(|| "null".to_owned())
+            status
+                .and_then(|status| serde_json::to_string(&status).ok())
+                .unwrap_or_else(|| "null".to_owned())
         })
     }
 
@@ -175,13 +188,19 @@ impl Server {
     pub async fn start(options: ServeOptions) -> Result<Self, ServeError> {
         let system = |what| move |source| ServeError::System { what, source };
         let endpoint = server_endpoint(options.listen, &options.identity, &options.transport)?;
-        let quic_address = endpoint.local_addr().map_err(system("the address of its UDP socket"))?;
+        let quic_address = endpoint
+            .local_addr()
+            .map_err(system("the address of its UDP socket"))?;
         let listener = match options.admin {
             Some(address) => Some(admin::bind(address).await?),
             None => None,
         };
         let admin_address = match &listener {
-            Some(listener) => Some(listener.local_addr().map_err(system("the address of its HTTP socket"))?),
+            Some(listener) => Some(
+                listener
+                    .local_addr()
+                    .map_err(system("the address of its HTTP socket"))?,
+            ),
             None => None,
         };
         let (commands, queue) = mpsc::channel(EVENTS_QUEUED);
@@ -202,12 +221,20 @@ impl Server {
         let (stop, stopped) = watch::channel(false);
         if let Some(listener) = listener {
             let mut until = stopped.clone();
-            let served = admin::serve(listener, hub.clone(), async move { drop(until.wait_for(|stop| *stop).await) });
+            let served = admin::serve(listener, hub.clone(), async move {
+                drop(until.wait_for(|stop| *stop).await)
+            });
             tokio::spawn(served);
         }
         tokio::spawn(session::accept(hub.clone(), endpoint.clone()));
         tokio::spawn(tick(hub.clone(), stopped));
-        Ok(Self { hub, endpoint, quic_address, admin_address, stop })
+        Ok(Self {
+            hub,
+            endpoint,
+            quic_address,
+            admin_address,
+            stop,
+        })
     }
 
     /// UDP address that workers dial.
@@ -238,7 +265,11 @@ impl Server {
         self.hub.closing.store(true, Ordering::Relaxed);
         // No new sessions from here on.
         self.endpoint.set_server_config(None);
-        self.hub.event(Event::Shutdown { reason: reason.to_owned() }).await;
+        self.hub
+            .event(Event::Shutdown {
+                reason: reason.to_owned(),
+            })
+            .await;
         let gone = async {
             while !self.hub.sessions.is_empty() {
                 tokio::time::sleep(Duration::from_millis(20)).await;

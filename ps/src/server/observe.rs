@@ -22,8 +22,10 @@ pub(super) fn changes_membership(action: &Action) -> bool {
 /// Gauges of the machine's state.
 pub(super) fn load(hub: &Hub, shard: &Shard) {
     let load = shard.load();
-    hub.metrics.set_members(load.members, shard.config().world, load.epoch.0);
-    hub.metrics.set_open_rounds(load.open_rounds, load.parked_bytes);
+    hub.metrics
+        .set_members(load.members, shard.config().world, load.epoch.0);
+    hub.metrics
+        .set_open_rounds(load.open_rounds, load.parked_bytes);
 }
 
 /// Figures of every connection whose rank is known.
@@ -46,7 +48,9 @@ pub(super) fn connections(hub: &Hub) {
 
 pub(super) fn observation(hub: &Hub, observation: &Observation) {
     match observation {
-        Observation::Joined { host, rank, joined, .. } => {
+        Observation::Joined {
+            host, rank, joined, ..
+        } => {
             tracing::info!(host, rank = rank.map(|r| r.0), joined, "a worker joined");
         }
         Observation::Started { epoch, world, step } => {
@@ -55,22 +59,39 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
         Observation::Left { rank, remaining } => {
             tracing::info!(rank = rank.map(|r| r.0), remaining, "a worker left");
         }
-        Observation::Lost { rank, reason, remaining } => {
+        Observation::Lost {
+            rank,
+            reason,
+            remaining,
+        } => {
             hub.metrics.worker_lost();
-            tracing::warn!(rank = rank.map(|r| r.0), reason, remaining, "a worker was lost");
+            tracing::warn!(
+                rank = rank.map(|r| r.0),
+                reason,
+                remaining,
+                "a worker was lost"
+            );
         }
-        Observation::Refused { session, code, detail } => {
+        Observation::Refused {
+            session,
+            code,
+            detail,
+        } => {
             hub.metrics.refused(*code);
             tracing::warn!(session = session.0, ?code, detail, "a peer was refused");
         }
         Observation::RoundClosed(round) => round_closed(hub, round),
         Observation::Waited { rank, seconds } => hub.metrics.waited(rank.0, *seconds),
         Observation::Reported { rank, report } => {
-            hub.metrics.set_training(report.step.0, f64::from(report.loss));
-            hub.metrics.set_compression(None, None, Some(f64::from(report.residual_ratio)));
+            hub.metrics
+                .set_training(report.step.0, f64::from(report.loss));
+            hub.metrics
+                .set_compression(None, None, Some(f64::from(report.residual_ratio)));
             tracing::debug!(%rank, step = %report.step, loss = report.loss, "a worker reported");
         }
-        Observation::Emptied => tracing::info!("nobody is left: ready for another start of the job"),
+        Observation::Emptied => {
+            tracing::info!("nobody is left: ready for another start of the job")
+        }
     }
 }
 
@@ -84,14 +105,24 @@ fn round_closed(hub: &Hub, round: &RoundClosed) {
     hub.metrics.round_closed(outcome, round.seconds);
     add(hub, round.received, Flow::Up);
     add(hub, round.sent, Flow::Down);
-    hub.metrics.add_dense_equivalent(Flow::Up, round.dense_equivalent_bytes);
-    hub.metrics.add_dense_equivalent(Flow::Down, round.dense_equivalent_bytes);
+    hub.metrics
+        .add_dense_equivalent(Flow::Up, round.dense_equivalent_bytes);
+    hub.metrics
+        .add_dense_equivalent(Flow::Down, round.dense_equivalent_bytes);
     // A header each way and phase.
-    let phases = if round.captured_energy.is_some() { 2 } else { 1 };
+    let phases = if round.captured_energy.is_some() {
+        2
+    } else {
+        1
+    };
     let headers = phases * u64::from(round.contributors) * HEADER_BYTES as u64;
     hub.metrics.add_bytes(Kind::Control, Flow::Up, headers);
     hub.metrics.add_bytes(Kind::Control, Flow::Down, headers);
-    hub.metrics.set_compression(round.density.map(f64::from), round.captured_energy.map(f64::from), None);
+    hub.metrics.set_compression(
+        round.density.map(f64::from),
+        round.captured_energy.map(f64::from),
+        None,
+    );
     tracing::debug!(step = %round.step, bucket = %round.bucket, outcome = round.outcome.label(), contributors = round.contributors, seconds = round.seconds, "a round closed");
 }
 

@@ -22,7 +22,10 @@ pub(super) enum Command {
 
 pub(super) fn spawn(shard: Shard, queue: mpsc::Receiver<Command>, hub: Arc<Hub>) -> io::Result<()> {
     let name = format!("shard-{}", shard.config().shard);
-    std::thread::Builder::new().name(name).spawn(move || own(shard, queue, &hub)).map(drop)
+    std::thread::Builder::new()
+        .name(name)
+        .spawn(move || own(shard, queue, &hub))
+        .map(drop)
 }
 
 fn own(mut shard: Shard, mut queue: mpsc::Receiver<Command>, hub: &Hub) {
@@ -36,7 +39,10 @@ fn own(mut shard: Shard, mut queue: mpsc::Receiver<Command>, hub: &Hub) {
             }
             Command::Event(event) => {
                 let begun = Instant::now();
-                let (is_frame, is_tick) = (matches!(event, Event::Round { .. }), matches!(event, Event::Tick));
+                let (is_frame, is_tick) = (
+                    matches!(event, Event::Round { .. }),
+                    matches!(event, Event::Tick),
+                );
                 shard.handle(hub.started.elapsed(), event, &mut actions);
                 if is_frame {
                     hub.metrics.aggregated(begun.elapsed().as_secs_f64());
@@ -59,11 +65,17 @@ fn route(hub: &Hub, action: Action) {
             };
             if let Control::Welcome(welcome) = &message {
                 handle.set_rank(welcome.rank);
-                handle.connection.set_max_concurrent_bi_streams(streams(hub));
+                handle
+                    .connection
+                    .set_max_concurrent_bi_streams(streams(hub));
             }
             handle.queue(Outgoing::Message(message));
         }
-        Action::Round { session, header, body } => {
+        Action::Round {
+            session,
+            header,
+            body,
+        } => {
             let stream = hub.streams.get(&(session, header.step, header.bucket));
             // A worker that gave the stream up is about to be removed.
             let sent = stream.is_some_and(|stream| stream.send((header, body)).is_ok());
@@ -71,7 +83,11 @@ fn route(hub: &Hub, action: Action) {
                 tracing::debug!(?session, step = %header.step, bucket = %header.bucket, "no stream for an answer");
             }
         }
-        Action::Close { session, code, detail } => {
+        Action::Close {
+            session,
+            code,
+            detail,
+        } => {
             if let Some(handle) = hub.sessions.get(&session) {
                 handle.queue(Outgoing::Close(code, detail));
             }

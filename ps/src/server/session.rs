@@ -6,8 +6,8 @@ use crate::shard::{Event, Report, SessionId};
 use arc_topk_common::ids::{BucketId, Rank, Step};
 use arc_topk_common::wire::{Control, FrameKind, RefusalCode};
 use arc_topk_transport::{
-    Connection, ControlReceiver, ControlSender, ControlStream, Endpoint, RecvStream, SendStream, VarInt,
-    connection_error, write_frame,
+    Connection, ControlReceiver, ControlSender, ControlStream, Endpoint, RecvStream, SendStream,
+    VarInt, connection_error, write_frame,
 };
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
@@ -43,7 +43,11 @@ impl SessionHandle {
     pub(super) fn queue(&self, outgoing: Outgoing) {
         if self.control.try_send(outgoing).is_err() {
             // Full: it reads nothing. Closed: it is going already.
-            close(&self.connection, RefusalCode::Protocol, "control messages are not read");
+            close(
+                &self.connection,
+                RefusalCode::Protocol,
+                "control messages are not read",
+            );
         }
     }
 
@@ -52,7 +56,9 @@ impl SessionHandle {
     }
 
     pub(super) fn rank(&self) -> Option<Rank> {
-        u16::try_from(self.rank.load(Ordering::Relaxed)).ok().map(Rank)
+        u16::try_from(self.rank.load(Ordering::Relaxed))
+            .ok()
+            .map(Rank)
     }
 }
 
@@ -89,16 +95,25 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
     });
     let (control, hello) = match first.await {
         Ok(Ok(came)) => came,
-        Ok(Err(error)) => return tracing::debug!(peer, %error, "a connection ended before its Hello"),
+        Ok(Err(error)) => {
+            return tracing::debug!(peer, %error, "a connection ended before its Hello");
+        }
         Err(_) => {
-            let detail = format!("no Hello came within {:.1} s of the handshake: run arc-worker of the same release", patience.as_secs_f64());
+            let detail = format!(
+                "no Hello came within {:.1} s of the handshake: run arc-worker of the same release",
+                patience.as_secs_f64()
+            );
             tracing::warn!(peer, "{detail}");
             hub.metrics.refused(RefusalCode::Protocol);
             return close(&connection, RefusalCode::Protocol, &detail);
         }
     };
     let (sender, queue) = mpsc::channel(CONTROL_QUEUED);
-    let handle = SessionHandle { control: sender, connection: connection.clone(), rank: AtomicU32::new(NO_RANK) };
+    let handle = SessionHandle {
+        control: sender,
+        connection: connection.clone(),
+        rank: AtomicU32::new(NO_RANK),
+    };
     hub.sessions.insert(id, handle);
     let mut tasks = JoinSet::new();
     let writer = tokio::spawn(write_control(control.sender, queue, connection.clone()));
@@ -108,7 +123,12 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
         Err(error) => violation(id, format!("the Hello cannot be read: {error}")),
     })
     .await;
-    tasks.spawn(read_control(hub.clone(), id, control.receiver, connection.clone()));
+    tasks.spawn(read_control(
+        hub.clone(),
+        id,
+        control.receiver,
+        connection.clone(),
+    ));
     let error = loop {
         match connection.accept_bi().await {
             Ok((send, recv)) => {
@@ -119,7 +139,11 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
         }
     };
     tasks.shutdown().await;
-    hub.event(Event::Closed { session: id, reason: error.to_string() }).await;
+    hub.event(Event::Closed {
+        session: id,
+        reason: error.to_string(),
+    })
+    .await;
     if let Some((_, handle)) = hub.sessions.remove(&id)
         && let Some(rank) = handle.rank()
     {
@@ -141,7 +165,11 @@ fn close(connection: &Connection, code: RefusalCode, detail: &str) {
     connection.close(VarInt::from_u32(code as u32), &detail.as_bytes()[..end]);
 }
 
-async fn write_control(mut sender: ControlSender, mut queue: mpsc::Receiver<Outgoing>, connection: Connection) {
+async fn write_control(
+    mut sender: ControlSender,
+    mut queue: mpsc::Receiver<Outgoing>,
+    connection: Connection,
+) {
     while let Some(outgoing) = queue.recv().await {
         match outgoing {
             Outgoing::Message(message) => {
@@ -159,7 +187,12 @@ async fn write_control(mut sender: ControlSender, mut queue: mpsc::Receiver<Outg
     }
 }
 
-async fn read_control(hub: Arc<Hub>, id: SessionId, mut receiver: ControlReceiver, connection: Connection) {
+async fn read_control(
+    hub: Arc<Hub>,
+    id: SessionId,
+    mut receiver: ControlReceiver,
+    connection: Connection,
+) {
     loop {
         match receiver.recv().await {
             Ok(Some(Control::Leave)) => {
@@ -169,27 +202,54 @@ async fn read_control(hub: Arc<Hub>, id: SessionId, mut receiver: ControlReceive
                 return connection.close(VarInt::from_u32(0), b"left");
             }
             Ok(Some(message)) => match Report::from_control(&message) {
-                Some(report) => hub.event(Event::Report { session: id, report }).await,
+                Some(report) => {
+                    hub.event(Event::Report {
+                        session: id,
+                        report,
+                    })
+                    .await
+                }
                 None => {
                     let detail = "after the Hello a worker sends only reports and its leave; run the same release everywhere";
                     return hub.event(violation(id, detail.to_owned())).await;
                 }
             },
-            Ok(None) => return hub.event(violation(id, "the control stream ended without a leave".to_owned())).await,
+            Ok(None) => {
+                return hub
+                    .event(violation(
+                        id,
+                        "the control stream ended without a leave".to_owned(),
+                    ))
+                    .await;
+            }
             Err(arc_topk_transport::TransportError::Wire(error)) => {
-                return hub.event(violation(id, format!("a control message cannot be read: {error}"))).await;
+                return hub
+                    .event(violation(
+                        id,
+                        format!("a control message cannot be read: {error}"),
+                    ))
+                    .await;
             }
             Err(error) => {
                 // Over-long and cut messages; on a lost connection the machine hears it twice and counts it once.
-                return hub.event(violation_unless_closed(&connection, id, &error)).await;
+                return hub
+                    .event(violation_unless_closed(&connection, id, &error))
+                    .await;
             }
         }
     }
 }
 
-fn violation_unless_closed(connection: &Connection, id: SessionId, error: &arc_topk_transport::TransportError) -> Event {
+fn violation_unless_closed(
+    connection: &Connection,
+    id: SessionId,
+    error: &arc_topk_transport::TransportError,
+) -> Event {
     match connection.close_reason() {
-        Some(_) => Event::Closed { session: id, reason: error.to_string() },
+        Some(_) => Event::Closed {
+            session: id,
+            reason: error.to_string(),
+        },
         None => violation(id, error.to_string()),
     }
 }
@@ -207,13 +267,20 @@ impl Drop for Registration<'_> {
 }
 
 /// One round, phase by phase.
-async fn round_stream(hub: Arc<Hub>, id: SessionId, mut send: SendStream, mut recv: RecvStream, peer: String) {
+async fn round_stream(
+    hub: Arc<Hub>,
+    id: SessionId,
+    mut send: SendStream,
+    mut recv: RecvStream,
+    peer: String,
+) {
     let mut registration: Option<Registration<'_>> = None;
     let (answer, mut answers) = mpsc::unbounded_channel();
     loop {
         let limit = hub.body_limit.load(Ordering::Relaxed);
         let patience = registration.is_none().then_some(hub.timeouts.header);
-        let (header, body) = match frames::read(&mut recv, limit, patience, hub.timeouts.body).await {
+        let (header, body) = match frames::read(&mut recv, limit, patience, hub.timeouts.body).await
+        {
             Ok(frame) => frame,
             Err(fault) => return faulty(&hub, id, &fault).await,
         };
@@ -229,7 +296,12 @@ async fn round_stream(hub: Arc<Hub>, id: SessionId, mut send: SendStream, mut re
             }
             Some(_) => {}
         }
-        hub.event(Event::Round { session: id, header, body }).await;
+        hub.event(Event::Round {
+            session: id,
+            header,
+            body,
+        })
+        .await;
         let Some((header, body)) = answers.recv().await else {
             return;
         };
@@ -245,7 +317,10 @@ async fn round_stream(hub: Arc<Hub>, id: SessionId, mut send: SendStream, mut re
 }
 
 async fn faulty(hub: &Hub, id: SessionId, fault: &FrameFault) {
-    let lost = hub.sessions.get(&id).is_none_or(|handle| handle.connection.close_reason().is_some());
+    let lost = hub
+        .sessions
+        .get(&id)
+        .is_none_or(|handle| handle.connection.close_reason().is_some());
     if !lost {
         hub.event(violation(id, fault.to_string())).await;
     }

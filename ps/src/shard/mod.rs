@@ -158,7 +158,11 @@ impl Shard {
             members: job.members.count() as u16,
             epoch: job.members.epoch(),
             open_rounds: job.rounds.open().count(),
-            parked_bytes: job.rounds.open().map(|(.., round)| round.all_parked_bytes()).sum(),
+            parked_bytes: job
+                .rounds
+                .open()
+                .map(|(.., round)| round.all_parked_bytes())
+                .sum(),
         })
     }
 
