@@ -120,7 +120,7 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
     let done = match command.as_str() {
         "certs" => certs(words),
         "completions" => completions(words),
-        "help" | "--help" | "-h" => print(&whole_command().render_long_help().ansi().to_string()),
+        "help" | "--help" | "-h" => help(),
         _ => serve(words),
     };
     match done {
@@ -149,6 +149,12 @@ fn whole_command() -> Command {
         .subcommand_negates_reqs(true)
         .args_conflicts_with_subcommands(true)
         .disable_help_subcommand(true)
+}
+
+fn help() -> Result<(), CliError> {
+    // A reader that went away is no failure.
+    let _closed = whole_command().print_long_help();
+    Ok(())
 }
 
 fn completions(words: Vec<OsString>) -> Result<(), CliError> {

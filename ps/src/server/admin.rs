@@ -39,7 +39,7 @@ pub trait Admin: Send + Sync + 'static {
 /// Why the admin address cannot be used.
 #[derive(Debug, thiserror::Error)]
 #[error(
-    "cannot listen on {address} for the admin pages: {source}; choose another address with --admin-listen, or `off`"
+    "cannot listen on {address} for the admin pages: {source}; choose another address with --admin, or `off`"
 )]
 pub struct AdminBindError {
     address: SocketAddr,
