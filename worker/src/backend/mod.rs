@@ -110,7 +110,7 @@ pub struct SegmentCommit<'a> {
 pub struct Energies {
     /// ‖A‖² over the segment.
     pub input: f64,
-    /// ‖A[I]‖² over the rows that this worker sent.
+    /// ‖A\[I\]‖² over the rows that this worker sent.
     pub sent: f64,
     /// ‖A − C(A)‖² afterwards, with what rounding lost where the feedback rule keeps it.
     pub residual: f64,
@@ -131,7 +131,7 @@ pub trait Backend: Send {
     /// Appends the encoding of a segment's sketch (rows × r).
     fn encode_sketch(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
 
-    /// Appends the encoding of A[rows,:] (absolute rows of the segment, ascending), as one array.
+    /// Appends the encoding of A\[rows,:\] (absolute rows of the segment, ascending), as one array.
     fn encode_rows(&mut self, segment: Segment, rows: &[u32], codec: ValueCodec, out: &mut Vec<u8>);
 
     /// Appends the encoding of a whole segment in a dense round.

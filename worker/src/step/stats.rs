@@ -45,7 +45,7 @@ pub struct StepStats {
     pub received: ByteCounts,
     /// Bytes of all gradients as f32: what dense averaging would have sent, one direction.
     pub dense_equivalent_bytes: u64,
-    /// ‖A[I]‖²/‖A‖² of this worker's own A over the compressible tensors; `None` in dense rounds and between measurements.
+    /// ‖A\[I\]‖²/‖A‖² of this worker's own A over the compressible tensors; `None` in dense rounds and between measurements.
     pub captured_energy: Option<f32>,
     /// Elements of compressible tensors that came over all of them (1 in dense rounds).
     pub density: f32,
