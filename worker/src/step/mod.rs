@@ -30,10 +30,16 @@
 //!
 //! # Passes over memory
 //!
-//! Per element of a compressible tensor at density μ, with f32 buffers, arc and ef14: `fill` reads g, writes U, and reads e
-//! and U again while they are in a cache (blend, sketch); Selection reads μ of U; `commit` reads U, writes e, and
-//! writes the result. That is 3 reads and 3 writes of main memory, one of each for the copy that lets the trainer
-//! keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read g, U and e once more.
+//! Per element of a compressible tensor at density μ, with f32 buffers, arc and ef14:
+//!
+//! | when | reads | writes |
+//! |---|---|---|
+//! | `fill`, chunk by chunk | g, e (the copy of g is blended and sketched while it is in a cache) | U |
+//! | Selection | μ of U | |
+//! | `commit` | U | e, result |
+//!
+//! The copy of g lets the trainer keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read
+//! U and e once more; g is measured in `fill`'s cached chunk.
 
 mod commit;
 mod error;
