@@ -275,8 +275,13 @@ impl Model for Llama {
             }
         }
         let mut grads = self.continue_backward(&mut borders, &mut grads)?;
-        if let (Some(head), Some(embedding)) = (tied_head, grads.remove(self.vars[0].as_tensor())) {
-            grads.insert(self.vars[0].as_tensor(), (head + embedding)?);
+        if let Some(head) = tied_head {
+            let embedding = self.vars[0].as_tensor();
+            let sum = match grads.remove(embedding) {
+                Some(gradient) => (head + gradient)?,
+                None => head,
+            };
+            grads.insert(embedding, sum);
         }
         hand_over(&self.vars, 0, &mut grads, sink)?;
         Ok(loss.to_scalar::<f32>()?)

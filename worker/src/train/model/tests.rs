@@ -107,7 +107,7 @@ fn evaluation_agrees_with_training_loss() {
     let loss = model.forward_backward(&tokens(), &mut |_, _| ()).unwrap();
     assert_eq!(loss, model.evaluate(&tokens()).unwrap().loss);
     assert!(
-        (loss - 11f32.ln()).abs() < 0.3,
+        (loss - 11f32.ln()).abs() < 0.6,
         "near the uniform guess at the start: {loss}"
     );
 }

@@ -1,0 +1,146 @@
+//! The cells of the table: what is compared with what.
+
+use arc_topk_common::config::AlgorithmConfig;
+use arc_topk_common::config::algorithm::{Compressor, Feedback, SelectionPolicy, ValueType};
+use arc_topk_common::config::train::OptimizerChoice;
+
+/// One row of the table.
+#[derive(Clone, PartialEq, Debug)]
+pub(crate) struct Cell {
+    pub(crate) algorithm: AlgorithmConfig,
+    pub(crate) optimizer: OptimizerChoice,
+    /// Largest τ of catch-up AdamW.
+    pub(crate) cap: u32,
+}
+
+impl Cell {
+    fn dense(optimizer: OptimizerChoice) -> Self {
+        let algorithm = AlgorithmConfig {
+            compressor: Compressor::Dense,
+            density: 1.0,
+            ..AlgorithmConfig::default()
+        };
+        Self {
+            algorithm: values(algorithm, ValueType::F32),
+            optimizer,
+            cap: 20,
+        }
+    }
+
+    fn sparse(density: f32, value_type: ValueType, optimizer: OptimizerChoice) -> Self {
+        let algorithm = AlgorithmConfig {
+            density,
+            ..AlgorithmConfig::default()
+        };
+        Self {
+            algorithm: values(algorithm, value_type),
+            optimizer,
+            cap: 20,
+        }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut AlgorithmConfig)) -> Self {
+        change(&mut self.algorithm);
+        self
+    }
+
+    /// A name that tells cells apart, and stays the same between versions of this program: finished runs are found by it.
+    pub(crate) fn name(&self) -> String {
+        let (a, default) = (&self.algorithm, AlgorithmConfig::default());
+        let optimizer = match self.optimizer {
+            OptimizerChoice::Sgd => "sgd".to_owned(),
+            OptimizerChoice::AdamW => "adamw".to_owned(),
+            OptimizerChoice::CatchUpAdamW => format!("catchup{}", self.cap),
+        };
+        if a.compressor == Compressor::Dense {
+            return format!("dense {optimizer}");
+        }
+        let up = lower(a.wire_up);
+        let wire = if a.wire_up == a.wire_down {
+            up
+        } else {
+            format!("{up}/{}", lower(a.wire_down))
+        };
+        let mut name = format!(
+            "{} {} d{} {wire} {optimizer}",
+            lower(a.compressor),
+            lower(a.feedback),
+            a.density
+        );
+        let mut note = |differs: bool, text: String| {
+            if differs {
+                name.push(' ');
+                name.push_str(&text);
+            }
+        };
+        note(a.selection != default.selection, "pooled".to_owned());
+        note(
+            a.block_width != default.block_width,
+            format!("block{}", a.block_width),
+        );
+        note(
+            a.sketch_rank != default.sketch_rank,
+            format!("rank{}", a.sketch_rank),
+        );
+        note(
+            a.feedback_decay != default.feedback_decay,
+            format!("decay{}", a.feedback_decay),
+        );
+        note(
+            a.warmup_updates != default.warmup_updates,
+            format!("warmup{}", a.warmup_updates),
+        );
+        note(
+            a.wire_sketch != default.wire_sketch,
+            format!("sketch-{}", lower(a.wire_sketch)),
+        );
+        name
+    }
+}
+
+fn values(mut algorithm: AlgorithmConfig, value_type: ValueType) -> AlgorithmConfig {
+    (algorithm.wire_up, algorithm.wire_down) = (value_type, value_type);
+    algorithm
+}
+
+fn lower(value: impl core::fmt::Debug) -> String {
+    format!("{value:?}").to_lowercase()
+}
+
+/// The default cells, the most telling first.
+pub(crate) fn default_cells() -> Vec<Cell> {
+    use OptimizerChoice::{AdamW, CatchUpAdamW, Sgd};
+    use ValueType::{Bf16, F32, Int4, Int8};
+    let int4 = |density| Cell::sparse(density, Int4, CatchUpAdamW);
+    let mut cells = vec![Cell::dense(AdamW), int4(0.2), int4(0.4)];
+    for density in [0.4, 0.2, 0.05, 0.02] {
+        for value_type in [Int4, Bf16] {
+            cells.extend(
+                [CatchUpAdamW, AdamW].map(|optimizer| Cell::sparse(density, value_type, optimizer)),
+            );
+        }
+    }
+    cells.extend([0.2, 0.05].map(|density| Cell {
+        cap: 8,
+        ..int4(density)
+    }));
+    let rules = [Feedback::None, Feedback::Ef21, Feedback::Ef21m];
+    cells.extend(rules.map(|rule| int4(0.2).with(|a| a.feedback = rule)));
+    let others = [Compressor::Randk, Compressor::Topk];
+    cells.extend(others.map(|other| int4(0.2).with(|a| a.compressor = other)));
+    cells.extend(
+        [0.2, 0.05].map(|density| int4(density).with(|a| a.selection = SelectionPolicy::Pooled)),
+    );
+    cells.extend([64, 512].map(|width| int4(0.2).with(|a| a.block_width = width)));
+    cells.extend([1, 8].map(|rank| int4(0.2).with(|a| a.sketch_rank = rank)));
+    cells.push(int4(0.2).with(|a| a.wire_down = Int8));
+    cells.push(int4(0.2).with(|a| a.wire_sketch = Int8));
+    cells.extend([Cell::dense(Sgd), Cell::sparse(0.05, F32, Sgd)]);
+    let mut seen = Vec::new();
+    cells.retain(|cell| {
+        let new = !seen.contains(&cell.name());
+        seen.push(cell.name());
+        new
+    });
+    cells
+}
