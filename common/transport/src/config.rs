@@ -72,6 +72,10 @@ impl TransportConfig {
         let mut discovery = quinn::MtuDiscoveryConfig::default();
         let mut quic = quinn::TransportConfig::default();
         if loopback {
+            // quinn's first window of 12,000 bytes would not let even one such packet out.
+            let mut congestion = quinn::congestion::CubicConfig::default();
+            congestion.initial_window(10 * u64::from(self.loopback_udp_payload_bytes));
+            quic.congestion_controller_factory(Arc::new(congestion));
             quic.initial_mtu(self.loopback_udp_payload_bytes);
             discovery.upper_bound(self.loopback_udp_payload_bytes);
         } else {
