@@ -4,6 +4,10 @@ use crate::error::TransportError;
 use std::sync::Arc;
 use std::time::Duration;
 
+/// quinn hands the kernel up to ten datagrams at once, and the kernel takes at most 65507 bytes: with larger
+/// payloads a full batch fails with EMSGSIZE, which quinn takes for a failed path probe and drops.
+pub const LARGEST_UDP_PAYLOAD_BYTES: u16 = 65507 / 10;
+
 /// Settings of a QUIC endpoint, the same for shards and workers.
 ///
 /// The defaults suit 0.1–25 Gbit/s with round trips up to about 20 ms: a window must hold at least
@@ -26,9 +30,11 @@ pub struct TransportConfig {
     /// Kernel buffer of the UDP socket, bytes, each direction. The kernel may grant less
     /// (`net.core.rmem_max`, `net.core.wmem_max`).
     pub socket_buffer_bytes: usize,
-    /// Largest UDP payload that path discovery tries, bytes. 1452 fits Ethernet; 8952 fits jumbo frames.
+    /// Largest UDP payload that path discovery tries, bytes; 1452 fits Ethernet, more needs jumbo frames.
+    /// At most [`LARGEST_UDP_PAYLOAD_BYTES`] is used.
     pub max_udp_payload_bytes: u16,
     /// UDP payload to start with towards loopback addresses, bytes, where no path can be too small.
+    /// At most [`LARGEST_UDP_PAYLOAD_BYTES`] is used.
     pub loopback_udp_payload_bytes: u16,
     /// Time that one attempt to connect may take.
     pub connect_timeout: Duration,
@@ -44,8 +50,8 @@ impl Default for TransportConfig {
             keep_alive: Duration::from_secs(1),
             max_streams: 1024,
             socket_buffer_bytes: 8 << 20,
-            max_udp_payload_bytes: 8952,
-            loopback_udp_payload_bytes: 16384,
+            max_udp_payload_bytes: LARGEST_UDP_PAYLOAD_BYTES,
+            loopback_udp_payload_bytes: LARGEST_UDP_PAYLOAD_BYTES,
             connect_timeout: Duration::from_secs(5),
         }
     }
@@ -72,14 +78,17 @@ impl TransportConfig {
         let mut discovery = quinn::MtuDiscoveryConfig::default();
         let mut quic = quinn::TransportConfig::default();
         if loopback {
-            // quinn's first window of 12,000 bytes would not let even one such packet out.
-            let mut congestion = quinn::congestion::CubicConfig::default();
-            congestion.initial_window(10 * u64::from(self.loopback_udp_payload_bytes));
-            quic.congestion_controller_factory(Arc::new(congestion));
-            quic.initial_mtu(self.loopback_udp_payload_bytes);
-            discovery.upper_bound(self.loopback_udp_payload_bytes);
+            let payload = self
+                .loopback_udp_payload_bytes
+                .min(LARGEST_UDP_PAYLOAD_BYTES);
+            quic.initial_mtu(payload);
+            discovery.upper_bound(payload);
+            // quinn starts with a window of 14720 bytes, two or three of these.
+            let mut cubic = quinn::congestion::CubicConfig::default();
+            cubic.initial_window(10 * u64::from(payload));
+            quic.congestion_controller_factory(Arc::new(cubic));
         } else {
-            discovery.upper_bound(self.max_udp_payload_bytes);
+            discovery.upper_bound(self.max_udp_payload_bytes.min(LARGEST_UDP_PAYLOAD_BYTES));
         }
         quic.mtu_discovery_config(Some(discovery))
             .stream_receive_window(self.stream_window_bytes.into())

@@ -11,6 +11,10 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::sync::Arc;
 use std::time::Duration;
 
+/// Code with which a worker closes a connection when it leaves in order. A shard that sees it treats the
+/// end as a leave even if the connection's end overtakes the Leave message.
+pub const LEAVE_CODE: u32 = 0x1ea5e;
+
 /// Listens on `address` for peers with a worker certificate of the identity's CA. Port 0 takes a free one
 /// ([`Endpoint::local_addr`] tells which). Must be called inside a tokio runtime.
 ///

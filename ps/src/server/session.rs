@@ -6,8 +6,8 @@ use crate::shard::{Event, Report, SessionId};
 use arc_topk_common::ids::{BucketId, Rank, Step};
 use arc_topk_common::wire::{Control, FrameKind, RefusalCode};
 use arc_topk_transport::{
-    Connection, ControlReceiver, ControlSender, ControlStream, Endpoint, RecvStream, SendStream,
-    VarInt, connection_error, write_frame,
+    Connection, ControlReceiver, ControlSender, ControlStream, Endpoint, LEAVE_CODE, RecvStream,
+    SendStream, VarInt, connection_error, write_frame,
 };
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
@@ -139,6 +139,11 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
         }
     };
     tasks.shutdown().await;
+    // The connection's end may overtake the Leave message.
+    if matches!(&error, arc_topk_transport::TransportError::Closed { code, .. } if *code == u64::from(LEAVE_CODE))
+    {
+        hub.event(Event::Leave { session: id }).await;
+    }
     hub.event(Event::Closed {
         session: id,
         reason: error.to_string(),

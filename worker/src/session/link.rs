@@ -122,7 +122,6 @@ impl RoundTask {
 pub(super) struct ControlOut {
     messages: UnboundedSender<Control>,
     writer: JoinHandle<()>,
-    reader: JoinHandle<()>,
 }
 
 impl ControlOut {
@@ -142,10 +141,10 @@ pub(super) fn spawn_control(
     observer: Option<NetObserver>,
 ) -> ControlOut {
     let (messages, queue) = unbounded_channel();
+    runtime.spawn(read_control(Arc::clone(shared), shard, receiver, observer));
     ControlOut {
         messages,
         writer: runtime.spawn(write_control(sender, queue)),
-        reader: runtime.spawn(read_control(Arc::clone(shared), shard, receiver, observer)),
     }
 }
 
@@ -204,19 +203,17 @@ async fn read_control(
     }
 }
 
-/// Tells every shard that this worker leaves, and waits until they know.
+/// Tells every shard that this worker leaves, and waits until their machines have the message.
 pub(super) async fn leave(controls: Vec<ControlOut>) {
     let mut waiting = Vec::with_capacity(controls.len());
     for control in controls {
         control.send(Control::Leave);
         drop(control.messages);
-        waiting.push((control.writer, control.reader));
+        waiting.push(control.writer);
     }
     let all = async {
-        for (writer, reader) in waiting {
+        for writer in waiting {
             let _acknowledged = writer.await;
-            // A shard that has handled Leave ends its side too.
-            let _ended = reader.await;
         }
     };
     if tokio::time::timeout(LEAVE_TIMEOUT, all).await.is_err() {

@@ -40,7 +40,7 @@ use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
 use arc_topk_transport::{
-    Connection, ConnectionSummary, Endpoint, Identity, TransportConfig, VarInt, summary,
+    Connection, ConnectionSummary, Endpoint, Identity, LEAVE_CODE, TransportConfig, VarInt, summary,
 };
 use link::{ControlOut, Link};
 use shared::Shared;
@@ -438,7 +438,7 @@ impl Reducer for QuicReducer {
         if let Some(runtime) = &self.runtime {
             runtime.block_on(link::leave(controls));
         }
-        self.shut_down(0, "left in order");
+        self.shut_down(LEAVE_CODE, "left in order");
     }
 }
 
