@@ -235,27 +235,10 @@ async fn read_control(
                     ))
                     .await;
             }
-            Err(error) => {
-                // Over-long and cut messages; on a lost connection the machine hears it twice and counts it once.
-                return hub
-                    .event(violation_unless_closed(&connection, id, &error))
-                    .await;
-            }
+            // The connection is gone: `serve` sees how it ended, and says so once.
+            Err(_) if connection.close_reason().is_some() => return,
+            Err(error) => return hub.event(violation(id, error.to_string())).await,
         }
-    }
-}
-
-fn violation_unless_closed(
-    connection: &Connection,
-    id: SessionId,
-    error: &arc_topk_transport::TransportError,
-) -> Event {
-    match connection.close_reason() {
-        Some(_) => Event::Closed {
-            session: id,
-            reason: error.to_string(),
-        },
-        None => violation(id, error.to_string()),
     }
 }
 

@@ -11,7 +11,7 @@
 //! is left the shard is ready for another start of the job.
 //!
 //! # Rounds
-//! Keyed by (step, bucket); see [`round`]. Steps are accepted in a window of two: the
+//! Keyed by (step, bucket); see `round.rs`. Steps are accepted in a window of two: the
 //! lowest with a bucket not yet closed, and the next.
 //!
 //! # Bounds
