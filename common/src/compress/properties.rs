@@ -243,7 +243,7 @@ proptest! {
     ) {
         let gradients: Vec<_> = (0..workers).map(|i| gradient(seed + i as u32 * 50, rows, width)).collect();
         let a = mean(&gradients);
-        let steps = 300;
+        let steps = 4000;
         let mut lost = 0.0;
         for step in 0..steps {
             let mut round = round(Compressor::Arc, density, width, step, F32);
@@ -254,8 +254,11 @@ proptest! {
             lost += squares(&a.iter().zip(&buffers[0]).map(|(a, c)| a - c).collect::<Vec<_>>());
         }
         let bound = (1.0 - rows_to_keep(density, rows) as f64 / rows as f64) * squares(&a);
-        // The allowance is for the finite number of draws: equal rows meet the bound with equality.
-        prop_assert!(lost / steps as f64 <= bound + 0.02 * squares(&a), "{} > {bound}", lost / steps as f64);
+        // Some matrices meet the bound with equality, so the mean of finitely many draws lies above it half the time.
+        // Every draw's loss is in [0, ‖A‖²]: by Hoeffding's inequality it lies ε‖A‖² above with probability exp(−2nε²),
+        // here 1e-9.
+        let allowance = (9.0 * 10f64.ln() / (2.0 * steps as f64)).sqrt();
+        prop_assert!(lost / steps as f64 <= bound + allowance * squares(&a), "{} > {bound}", lost / steps as f64);
     }
 
     #[test]
