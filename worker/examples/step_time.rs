@@ -35,7 +35,7 @@ fn main() -> Result<(), Box<dyn Error>> {
         .map(|tensor| vec![0.0; tensor.elements])
         .collect();
     println!("{} parameters", trainer.elements());
-    for step in 0..5 {
+    for step in 0..10 {
         let start = Instant::now();
         let (loss, _) = trainer.gradients(step, Rank(0), &mut |tensor, gradient| {
             gradients[tensor.index()].copy_from_slice(gradient);

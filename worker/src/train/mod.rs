@@ -4,15 +4,21 @@
 //! seed (the plan's) and the step number, so a run can be repeated, and resumed from a checkpoint, to the bit, with
 //! any number of threads. [`Trainer`] is one worker's share without the loop, for programs with a loop of their own.
 
+mod checkpoint;
 pub mod data;
 mod local;
 pub mod model;
 mod observer;
+mod run;
 mod schedule;
+#[cfg(test)]
+mod tests;
 mod trainer;
 
+pub use checkpoint::{Arrays, Checkpoint, CheckpointError, CheckpointStore};
 pub use local::LocalReducer;
 pub use observer::{Observer, Quiet, Validation};
+pub use run::{TrainConfig, resume_point, run, run_on};
 pub use schedule::Schedule;
 pub use trainer::{Trainer, optimizer_config, parameters, use_threads};
 
@@ -34,6 +40,9 @@ pub enum TrainError {
     /// The other workers or the shards.
     #[error(transparent)]
     Reduce(#[from] ReduceError),
+    /// A checkpoint cannot be written or used.
+    #[error(transparent)]
+    Checkpoint(#[from] CheckpointError),
     /// Records cannot be written.
     #[error(transparent)]
     Record(#[from] RecordError),

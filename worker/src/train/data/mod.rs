@@ -179,3 +179,5 @@ impl Dataset {
 
 #[cfg(test)]
 mod tests;
+#[cfg(test)]
+pub(crate) use tests::write_fashion;

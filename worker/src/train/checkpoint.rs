@@ -1,0 +1,497 @@
+//! Checkpoints: model, optimizer, feedback state and position of one rank, exact to the bit.
+//!
+//! `<directory>/rank-<r>/step-<s>.safetensors` is written to a temporary file, synced and renamed, so a crash leaves
+//! the previous one whole; the newest two are kept. A SHA-256 over all names, values and counters stands in
+//! the header and is checked before anything is used. The position in the data is the step number.
+
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use sha2::{Digest, Sha256};
+use std::collections::{BTreeMap, HashMap};
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+const FORMAT: &str = "arc-topk-checkpoint/1";
+/// Checkpoints that stay: the newest and, should it be damaged, the one before.
+const KEPT: usize = 2;
+const FORMAT_KEY: &str = "format";
+const STEP_KEY: &str = "step";
+const UPDATE_KEY: &str = "update";
+const CONFIG_KEY: &str = "config";
+const DIGEST_KEY: &str = "sha256";
+
+/// Named f32 arrays in a fixed order.
+pub type Arrays = Vec<(String, Vec<f32>)>;
+
+/// Everything that a rank needs to go on to the bit.
+#[derive(Clone, PartialEq, Debug, Default)]
+pub struct Checkpoint {
+    /// Next step.
+    pub step: u64,
+    /// Next update (skipped steps not counted).
+    pub update: u64,
+    /// Hash of the settings that made it.
+    pub config: String,
+    /// Parameters in registration order.
+    pub model: Arrays,
+    /// Optimizer state.
+    pub optimizer: Arrays,
+    /// Feedback state.
+    pub feedback: Arrays,
+}
+
+/// Why a checkpoint cannot be written or used.
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    /// The file system refused.
+    #[error("cannot {action} checkpoint {}: {source}; check that the directory is writable and has room", path.display())]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// File or directory.
+        path: PathBuf,
+        /// Cause.
+        source: io::Error,
+    },
+    /// Cut off, or changed since it was written.
+    #[error("checkpoint {} is damaged: {detail}; delete it to go on from an older one, or start without --resume", path.display())]
+    Damaged {
+        /// File.
+        path: PathBuf,
+        /// What is wrong.
+        detail: String,
+    },
+    /// It was made by another model, optimizer or feedback rule.
+    #[error("checkpoint {} does not fit this run: {detail}; use the settings that made it, or another --checkpoint-dir", path.display())]
+    Mismatch {
+        /// File.
+        path: PathBuf,
+        /// First difference.
+        detail: String,
+    },
+}
+
+/// The checkpoints of one rank.
+#[derive(Clone, Debug)]
+pub struct CheckpointStore {
+    directory: PathBuf,
+    rank: u16,
+}
+
+impl CheckpointStore {
+    /// Checkpoints of `rank` under `directory`. Nothing is touched yet.
+    #[must_use]
+    pub fn new(directory: &Path, rank: u16) -> Self {
+        Self {
+            directory: directory.to_owned(),
+            rank,
+        }
+    }
+
+    fn rank_directory(&self, rank: u16) -> PathBuf {
+        self.directory.join(format!("rank-{rank}"))
+    }
+
+    /// File of this rank's checkpoint at `step`.
+    #[must_use]
+    pub fn path(&self, step: u64) -> PathBuf {
+        self.rank_directory(self.rank)
+            .join(format!("step-{step:08}.safetensors"))
+    }
+
+    /// Writes a checkpoint and removes those older than the one before it.
+    ///
+    /// # Errors
+    /// If the file cannot be written; earlier checkpoints are then untouched.
+    pub fn save(&self, checkpoint: &Checkpoint) -> Result<PathBuf, CheckpointError> {
+        let directory = self.rank_directory(self.rank);
+        fs::create_dir_all(&directory).map_err(|source| io_error("create", &directory, source))?;
+        let path = self.path(checkpoint.step);
+        let temporary = path.with_extension("new");
+        let bytes = encode(checkpoint);
+        let written = File::create(&temporary).and_then(|mut file| {
+            file.write_all(&bytes)?;
+            file.sync_all()
+        });
+        written.map_err(|source| io_error("write", &temporary, source))?;
+        fs::rename(&temporary, &path).map_err(|source| io_error("rename", &path, source))?;
+        // The rename itself must reach the disk, too.
+        let synced = File::open(&directory).and_then(|directory| directory.sync_all());
+        synced.map_err(|source| io_error("sync", &directory, source))?;
+        for old in steps_in(&directory)?.iter().rev().skip(KEPT) {
+            let old = self.path(*old);
+            fs::remove_file(&old).map_err(|source| io_error("remove", &old, source))?;
+        }
+        Ok(path)
+    }
+
+    /// Reads and checks the checkpoint at `step`.
+    ///
+    /// # Errors
+    /// If the file is missing, damaged, or of another version.
+    pub fn load(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        load(&self.path(step))
+    }
+
+    /// The newest checkpoint that is whole, on this rank and on every other rank that keeps its own in the same
+    /// directory: ranks must go on from the same step. What is passed over is told to `message`.
+    ///
+    /// # Errors
+    /// If there are checkpoints, but none of them can be used; the error names the newest.
+    pub fn latest(
+        &self,
+        message: &mut dyn FnMut(&str),
+    ) -> Result<Option<Checkpoint>, CheckpointError> {
+        let mut first = None;
+        for &step in steps_in(&self.rank_directory(self.rank))?.iter().rev() {
+            match self.load_with_peers(step) {
+                Ok(checkpoint) => return Ok(Some(checkpoint)),
+                Err(error) => {
+                    message(&format!("{error}. Trying the one before"));
+                    first.get_or_insert(error);
+                }
+            }
+        }
+        first.map_or(Ok(None), Err)
+    }
+
+    fn load_with_peers(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
+        let checkpoint = self.load(step)?;
+        for rank in self.ranks()?.into_iter().filter(|rank| *rank != self.rank) {
+            let peer = Self::new(&self.directory, rank);
+            if !steps_in(&peer.rank_directory(rank))?.is_empty() {
+                peer.load(step)?;
+            }
+        }
+        Ok(checkpoint)
+    }
+
+    /// Ranks that keep checkpoints here, ascending.
+    fn ranks(&self) -> Result<Vec<u16>, CheckpointError> {
+        let mut ranks: Vec<u16> = names_in(&self.directory)?
+            .iter()
+            .filter_map(|name| name.strip_prefix("rank-")?.parse().ok())
+            .collect();
+        ranks.sort_unstable();
+        Ok(ranks)
+    }
+}
+
+fn io_error(action: &'static str, path: &Path, source: io::Error) -> CheckpointError {
+    CheckpointError::Io {
+        action,
+        path: path.to_owned(),
+        source,
+    }
+}
+
+/// Names in a directory; none if it does not exist.
+fn names_in(directory: &Path) -> Result<Vec<String>, CheckpointError> {
+    let entries = match fs::read_dir(directory) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(io_error("list", directory, source)),
+    };
+    let names: Result<Vec<_>, io::Error> = entries.map(|entry| Ok(entry?.file_name())).collect();
+    let names = names.map_err(|source| io_error("list", directory, source))?;
+    Ok(names
+        .into_iter()
+        .filter_map(|name| name.into_string().ok())
+        .collect())
+}
+
+/// Steps of the finished checkpoints in a rank's directory, ascending.
+fn steps_in(directory: &Path) -> Result<Vec<u64>, CheckpointError> {
+    let mut steps: Vec<u64> = names_in(directory)?
+        .iter()
+        .filter_map(|name| {
+            name.strip_prefix("step-")?
+                .strip_suffix(".safetensors")?
+                .parse()
+                .ok()
+        })
+        .collect();
+    steps.sort_unstable();
+    Ok(steps)
+}
+
+/// The three groups of arrays under the prefixes that they have in a file.
+fn groups(checkpoint: &Checkpoint) -> [(&'static str, &Arrays); 3] {
+    [
+        ("feedback", &checkpoint.feedback),
+        ("model", &checkpoint.model),
+        ("optimizer", &checkpoint.optimizer),
+    ]
+}
+
+/// Hash of everything in a checkpoint.
+fn digest(checkpoint: &Checkpoint) -> String {
+    let mut hash = Sha256::new();
+    let mut text = |text: &str| {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text.as_bytes());
+    };
+    text(FORMAT);
+    text(&checkpoint.step.to_string());
+    text(&checkpoint.update.to_string());
+    text(&checkpoint.config);
+    for (group, arrays) in groups(checkpoint) {
+        for (name, values) in arrays {
+            hash.update((group.len() as u64).to_le_bytes());
+            hash.update(group.as_bytes());
+            hash.update((name.len() as u64).to_le_bytes());
+            hash.update(name.as_bytes());
+            hash.update((values.len() as u64).to_le_bytes());
+            hash.update(to_bytes(values));
+        }
+    }
+    hash.finalize()
+        .iter()
+        .map(|byte| format!("{byte:02x}"))
+        .collect()
+}
+
+fn to_bytes(values: &[f32]) -> Vec<u8> {
+    values
+        .iter()
+        .flat_map(|value| value.to_le_bytes())
+        .collect()
+}
+
+fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
+    let mut arrays = Vec::new();
+    for (group, list) in groups(checkpoint) {
+        for (index, (name, values)) in list.iter().enumerate() {
+            // The number keeps the order, which safetensors does not.
+            arrays.push((
+                format!("{group}/{index:06}/{name}"),
+                vec![values.len()],
+                to_bytes(values),
+            ));
+        }
+    }
+    let views = arrays.iter().map(|(name, shape, bytes)| {
+        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes per value");
+        (name.as_str(), view)
+    });
+    let metadata = [
+        (FORMAT_KEY, FORMAT.to_owned()),
+        (STEP_KEY, checkpoint.step.to_string()),
+        (UPDATE_KEY, checkpoint.update.to_string()),
+        (CONFIG_KEY, checkpoint.config.clone()),
+        (DIGEST_KEY, digest(checkpoint)),
+    ];
+    let metadata: HashMap<String, String> = metadata
+        .into_iter()
+        .map(|(key, value)| (key.to_owned(), value))
+        .collect();
+    safetensors::serialize(views, Some(metadata)).expect("names are unique and views are whole")
+}
+
+fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
+    let bytes = fs::read(path).map_err(|source| io_error("read", path, source))?;
+    decode(&bytes).map_err(|detail| CheckpointError::Damaged {
+        path: path.to_owned(),
+        detail,
+    })
+}
+
+fn decode(bytes: &[u8]) -> Result<Checkpoint, String> {
+    let broken =
+        |cause: safetensors::SafeTensorError| format!("not a whole safetensors file ({cause})");
+    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
+    let metadata = header.metadata().as_ref().ok_or("no metadata")?;
+    let entry = |key: &str| metadata.get(key).ok_or(format!("no {key} in its header"));
+    if entry(FORMAT_KEY)? != FORMAT {
+        return Err(format!("format {} instead of {FORMAT}", entry(FORMAT_KEY)?));
+    }
+    let number = |key: &str| {
+        entry(key)?
+            .parse::<u64>()
+            .map_err(|_| format!("{key} is not a number"))
+    };
+    let mut lists: [BTreeMap<String, Vec<f32>>; 3] = Default::default();
+    for (name, view) in SafeTensors::deserialize(bytes).map_err(broken)?.tensors() {
+        let (group, rest) = name
+            .split_once('/')
+            .ok_or(format!("unknown array {name}"))?;
+        let list = match group {
+            "feedback" => &mut lists[0],
+            "model" => &mut lists[1],
+            "optimizer" => &mut lists[2],
+            _ => return Err(format!("unknown array {name}")),
+        };
+        let (values, _) = view.data().as_chunks::<4>();
+        list.insert(
+            rest.to_owned(),
+            values
+                .iter()
+                .map(|value| f32::from_le_bytes(*value))
+                .collect(),
+        );
+    }
+    // The six digits sort the arrays as they were written.
+    let [feedback, model, optimizer] = lists.map(|list| {
+        let name = |numbered: String| {
+            numbered
+                .split_once('/')
+                .map_or(String::new(), |(_, name)| name.to_owned())
+        };
+        list.into_iter()
+            .map(|(numbered, values)| (name(numbered), values))
+            .collect::<Arrays>()
+    });
+    let (step, update, config) = (
+        number(STEP_KEY)?,
+        number(UPDATE_KEY)?,
+        entry(CONFIG_KEY)?.clone(),
+    );
+    let checkpoint = Checkpoint {
+        step,
+        update,
+        config,
+        model,
+        optimizer,
+        feedback,
+    };
+    if *entry(DIGEST_KEY)? != digest(&checkpoint) {
+        return Err("its SHA-256 does not match what it holds".to_owned());
+    }
+    Ok(checkpoint)
+}
+
+#[cfg(test)]
+mod tests {
+    #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::*;
+
+    fn checkpoint(step: u64) -> Checkpoint {
+        let arrays = |scale: f32| -> Arrays {
+            let odd = f32::from_bits(0x7fc0_0001 + step as u32);
+            vec![
+                ("z".into(), vec![scale, -0.0, odd]),
+                ("a".into(), vec![]),
+                ("m".into(), vec![1e-42; 70]),
+            ]
+        };
+        Checkpoint {
+            step,
+            update: step.saturating_sub(1),
+            config: "c".into(),
+            model: arrays(1.0),
+            optimizer: arrays(2.0),
+            feedback: arrays(3.0),
+        }
+    }
+
+    /// Equality that tells NaNs and zeros apart.
+    fn same(a: &Checkpoint, b: &Checkpoint) -> bool {
+        (a.step, a.update, digest(a)) == (b.step, b.update, digest(b))
+    }
+
+    fn damage(path: &Path, change: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = fs::read(path).unwrap();
+        change(&mut bytes);
+        fs::write(path, bytes).unwrap();
+    }
+
+    #[test]
+    fn a_checkpoint_comes_back_to_the_bit_and_in_order() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), 3);
+        store.save(&checkpoint(7)).unwrap();
+        let back = store.load(7).unwrap();
+        assert!(same(&back, &checkpoint(7)));
+        assert_eq!(
+            back.feedback
+                .iter()
+                .map(|(name, _)| name.as_str())
+                .collect::<Vec<_>>(),
+            ["z", "a", "m"]
+        );
+    }
+
+    #[test]
+    fn the_newest_two_are_kept() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), 0);
+        (1..=4).for_each(|step| drop(store.save(&checkpoint(step)).unwrap()));
+        assert_eq!(steps_in(&dir.path().join("rank-0")).unwrap(), [3, 4]);
+        assert_eq!(store.latest(&mut |_| ()).unwrap().unwrap().step, 4);
+    }
+
+    #[test]
+    fn every_truncation_and_any_flipped_byte_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), 0);
+        let path = store.save(&checkpoint(1)).unwrap();
+        let whole = fs::read(&path).unwrap();
+        for length in (0..whole.len()).step_by(7) {
+            fs::write(&path, &whole[..length]).unwrap();
+            let text = store.load(1).unwrap_err().to_string();
+            assert!(
+                text.contains("step-00000001.safetensors is damaged"),
+                "{length}: {text}"
+            );
+        }
+        for at in (8..whole.len()).step_by(5) {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 4;
+            // Flips in the header's padding or key order may leave the same contents; none may change them unnoticed.
+            if let Ok(back) = decode(&bytes) {
+                assert!(same(&back, &checkpoint(1)), "flip at {at}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_damaged_checkpoint_falls_back_to_the_one_before() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), 0);
+        store.save(&checkpoint(1)).unwrap();
+        let newest = store.save(&checkpoint(2)).unwrap();
+        damage(&newest, |bytes| bytes.truncate(bytes.len() - 9));
+        let mut said = Vec::new();
+        let found = store
+            .latest(&mut |text| said.push(text.to_owned()))
+            .unwrap()
+            .unwrap();
+        assert_eq!(found.step, 1);
+        assert!(
+            said[0].contains("step-00000002") && said[0].contains("damaged"),
+            "{said:?}"
+        );
+        damage(&store.path(1), |bytes| bytes.clear());
+        assert!(
+            store
+                .latest(&mut |_| ())
+                .unwrap_err()
+                .to_string()
+                .contains("step-00000002")
+        );
+    }
+
+    #[test]
+    fn ranks_in_one_directory_agree_on_a_step() {
+        let dir = tempfile::tempdir().unwrap();
+        let stores = [0, 1].map(|rank| CheckpointStore::new(dir.path(), rank));
+        stores
+            .iter()
+            .for_each(|store| drop(store.save(&checkpoint(1)).unwrap()));
+        // Rank 1 was killed before it wrote its second.
+        stores[0].save(&checkpoint(2)).unwrap();
+        for store in &stores {
+            assert_eq!(store.latest(&mut |_| ()).unwrap().unwrap().step, 1);
+        }
+        // A half-written file does not count.
+        fs::write(stores[1].path(2).with_extension("new"), b"half").unwrap();
+        assert_eq!(stores[1].latest(&mut |_| ()).unwrap().unwrap().step, 1);
+    }
+
+    #[test]
+    fn nothing_there_is_a_fresh_start() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(&dir.path().join("none"), 0);
+        assert_eq!(store.latest(&mut |_| ()).unwrap(), None);
+    }
+}
