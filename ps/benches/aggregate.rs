@@ -148,7 +148,7 @@ fn rounds(c: &mut Criterion) {
                     step += 1;
                     out
                 },
-                BatchSize::SmallInput,
+                BatchSize::PerIteration,
             );
         });
         group.finish();

@@ -26,6 +26,9 @@ pub(super) fn load(hub: &Hub, shard: &Shard) {
         .set_members(load.members, shard.config().world, load.epoch.0);
     hub.metrics
         .set_open_rounds(load.open_rounds, load.parked_bytes);
+    if let Some((step, loss)) = load.training {
+        hub.metrics.set_training(step.0, loss);
+    }
 }
 
 /// Figures of every connection whose rank is known.
@@ -83,8 +86,6 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
         Observation::RoundClosed(round) => round_closed(hub, round),
         Observation::Waited { rank, seconds } => hub.metrics.waited(rank.0, *seconds),
         Observation::Reported { rank, report } => {
-            hub.metrics
-                .set_training(report.step.0, f64::from(report.loss));
             hub.metrics
                 .set_compression(None, None, Some(f64::from(report.residual_ratio)));
             tracing::debug!(%rank, step = %report.step, loss = report.loss, "a worker reported");

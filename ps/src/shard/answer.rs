@@ -1,6 +1,6 @@
 //! What a shard computes from the mean of a phase: scores, selection, bodies of answers.
 
-use super::aggregate::Piece;
+use super::aggregate::{Piece, body_bytes};
 use arc_topk_common::compress::ValueCodec;
 use arc_topk_common::compress::select::{PooledSegment, score, select_pooled, select_top_k};
 use arc_topk_common::config::algorithm::SelectionPolicy;
@@ -53,27 +53,27 @@ pub(crate) fn values_pieces(shape: &RoundShape, kept: &[usize], codec: ValueCode
 }
 
 /// Pieces of the dense segments that ride along.
-pub(crate) fn dense_pieces(shape: &RoundShape) -> impl Iterator<Item = Piece> + '_ {
-    shape.dense.iter().map(|s| Piece {
-        codec: shape.codec_dense,
-        values: s.elements(),
-    })
+pub(crate) fn dense_pieces(shape: &RoundShape) -> Vec<Piece> {
+    let dense = shape.dense.iter();
+    dense
+        .map(|s| Piece {
+            codec: shape.codec_dense,
+            values: s.elements(),
+        })
+        .collect()
 }
 
 /// Encoded bytes of the dense segments that ride along.
 pub(crate) fn riding_bytes(shape: &RoundShape) -> usize {
-    dense_pieces(shape).map(|piece| piece.encoded_bytes()).sum()
+    body_bytes(&dense_pieces(shape))
 }
 
 /// Appends `values`, every piece encoded on its own.
 ///
 /// # Panics
 /// If `values` is shorter than the pieces say.
-pub(crate) fn encode_pieces(
-    pieces: impl IntoIterator<Item = Piece>,
-    values: &[f32],
-    out: &mut Vec<u8>,
-) {
+pub(crate) fn encode_pieces(pieces: &[Piece], values: &[f32], out: &mut Vec<u8>) {
+    out.reserve_exact(body_bytes(pieces));
     let mut rest = values;
     for piece in pieces {
         let (own, after) = rest.split_at(piece.values);

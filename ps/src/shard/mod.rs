@@ -83,7 +83,7 @@ struct Job {
 }
 
 /// How much the machine holds now.
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Load {
     /// Workers.
     pub members: u16,
@@ -93,6 +93,8 @@ pub struct Load {
     pub open_rounds: usize,
     /// Bytes of frames that wait for their turn.
     pub parked_bytes: usize,
+    /// Newest step that a worker reported, and the mean of all workers' latest losses.
+    pub training: Option<(Step, f64)>,
 }
 
 /// The machine. See the module.
@@ -154,7 +156,17 @@ impl Shard {
     /// How much it holds now.
     #[must_use]
     pub fn load(&self) -> Load {
-        self.job.as_ref().map_or_else(Load::default, |job| Load {
+        let Some(job) = &self.job else {
+            return Load::default();
+        };
+        let reports: Vec<Report> = self.sessions.values().filter_map(|s| s.report).collect();
+        let step = reports.iter().map(|report| report.step).max();
+        let loss = reports
+            .iter()
+            .map(|report| f64::from(report.loss))
+            .sum::<f64>()
+            / reports.len() as f64;
+        Load {
             members: job.members.count() as u16,
             epoch: job.members.epoch(),
             open_rounds: job.rounds.open().count(),
@@ -163,7 +175,8 @@ impl Shard {
                 .open()
                 .map(|(.., round)| round.all_parked_bytes())
                 .sum(),
-        })
+            training: step.map(|step| (step, loss)),
+        }
     }
 
     /// Takes one event and appends what follows from it. `now` counts from any fixed moment and never falls.

@@ -331,9 +331,9 @@ impl Round {
             if self.chosen.is_none() {
                 pieces.extend(answer::dense_pieces(shape));
             }
-            answer::encode_pieces(pieces, &mean, &mut body);
+            answer::encode_pieces(&pieces, &mean, &mut body);
         } else {
-            answer::encode_pieces(answer::whole_pieces(shape), &mean, &mut body);
+            answer::encode_pieces(&answer::whole_pieces(shape), &mean, &mut body);
         }
         Some(body)
     }
@@ -349,7 +349,7 @@ impl Round {
         let mut body = Vec::new();
         answer::encode_selections(shape, &rows, &mut body);
         answer::encode_pieces(
-            answer::dense_pieces(shape),
+            &answer::dense_pieces(shape),
             &mean[sketch_values..],
             &mut body,
         );

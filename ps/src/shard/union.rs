@@ -1,7 +1,7 @@
 //! topk: every worker brings rows of its own; the result is their union, averaged over all workers.
 
-use super::aggregate::{Piece, scale_by_count};
-use super::answer::{density, encode_pieces, riding_bytes};
+use super::aggregate::scale_by_count;
+use super::answer::{dense_pieces, density, encode_pieces, riding_bytes};
 use arc_topk_common::wire::{Direction, RoundShape, WireError, append_selection};
 use std::collections::BTreeMap;
 
@@ -73,11 +73,7 @@ impl Union {
         if !scale_by_count(&mut self.dense, self.added) {
             return None;
         }
-        let pieces = shape.dense.iter().map(|s| Piece {
-            codec: shape.codec_dense,
-            values: s.elements(),
-        });
-        encode_pieces(pieces, &self.dense, &mut body);
+        encode_pieces(&dense_pieces(shape), &self.dense, &mut body);
         Some((body, density))
     }
 }
