@@ -123,7 +123,7 @@ pub(crate) fn train(
             &mut result,
         )?;
         let due = (step + 1) % args.validate_every.max(1) == 0 || step + 1 == args.steps;
-        if !(loss < DIVERGED) {
+        if loss.is_nan() || loss >= DIVERGED {
             result.curve.push((step + 1, None, result.bytes_sent));
             break;
         }

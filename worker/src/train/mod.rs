@@ -20,7 +20,7 @@ pub use local::LocalReducer;
 pub use observer::{Observer, Quiet, Validation};
 pub use run::{TrainConfig, resume_point, run, run_on};
 pub use schedule::Schedule;
-pub use trainer::{Trainer, optimizer_config, parameters, use_threads};
+pub use trainer::{Push, Results, Trainer, optimizer_config, parameters, use_threads};
 
 use crate::record::RecordError;
 use crate::reducer::ReduceError;

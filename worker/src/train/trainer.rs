@@ -65,6 +65,13 @@ pub fn use_threads(threads: usize) {
     }
 }
 
+/// Takes a tensor's gradient, as [`Reducer::push`](crate::reducer::Reducer::push) does.
+pub type Push<'a> = dyn FnMut(TensorId, &[f32]) -> Result<(), ReduceError> + 'a;
+
+/// Calls its argument with every tensor's result, as
+/// [`Reducer::for_each_result`](crate::reducer::Reducer::for_each_result) does.
+pub type Results<'a> = dyn FnMut(&mut dyn FnMut(TensorResult<'_>)) + 'a;
+
 /// Model, data and optimizer of one worker.
 pub struct Trainer {
     args: TrainArgs,
@@ -161,7 +168,7 @@ impl Trainer {
         &mut self,
         step: u64,
         rank: Rank,
-        push: &mut dyn FnMut(TensorId, &[f32]) -> Result<(), ReduceError>,
+        push: &mut Push<'_>,
     ) -> Result<(f32, u64), TrainError> {
         let last = self.args.accumulation.max(1) - 1;
         let (mut loss, mut examples, mut failed) = (0.0f64, 0u64, None);
@@ -204,11 +211,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Of the model.
-    pub fn apply(
-        &mut self,
-        step: u64,
-        results: &mut dyn FnMut(&mut dyn FnMut(TensorResult<'_>)),
-    ) -> Result<(), TrainError> {
+    pub fn apply(&mut self, step: u64, results: &mut Results<'_>) -> Result<(), TrainError> {
         self.optimizer.begin_step(self.schedule.rate(step));
         let mut scale = 1.0;
         if self.args.clip > 0.0 {
@@ -277,7 +280,7 @@ impl Trainer {
 
 fn push_once(
     failed: &mut Option<ReduceError>,
-    push: &mut dyn FnMut(TensorId, &[f32]) -> Result<(), ReduceError>,
+    push: &mut Push<'_>,
     index: usize,
     gradient: &[f32],
 ) {

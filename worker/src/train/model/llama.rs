@@ -122,6 +122,15 @@ const PER_LAYER: usize = 6;
 const EPS: f32 = 1e-5;
 const ROPE_THETA: f64 = 10_000.0;
 
+/// A batch after the embedding.
+struct Embedded {
+    /// (windows·positions, hidden).
+    x: Tensor,
+    windows: usize,
+    positions: usize,
+    targets: Arc<Vec<u32>>,
+}
+
 /// A decoder with its parameters.
 #[derive(Debug)]
 pub struct Llama {
@@ -200,10 +209,7 @@ impl Llama {
         })
     }
 
-    fn embed(
-        &self,
-        batch: &Batch,
-    ) -> std::result::Result<(Tensor, usize, usize, Arc<Vec<u32>>), ModelError> {
+    fn embed(&self, batch: &Batch) -> std::result::Result<Embedded, ModelError> {
         let Batch::Tokens {
             inputs,
             targets,
@@ -220,12 +226,12 @@ impl Llama {
             )));
         }
         let tokens = Tensor::from_slice(inputs, inputs.len(), &Device::Cpu)?;
-        Ok((
-            self.vars[0].index_select(&tokens, 0)?,
-            *windows,
+        Ok(Embedded {
+            x: self.vars[0].index_select(&tokens, 0)?,
+            windows: *windows,
             positions,
-            Arc::new(targets.clone()),
-        ))
+            targets: Arc::new(targets.clone()),
+        })
     }
 }
 
@@ -245,7 +251,12 @@ impl Model for Llama {
         batch: &Batch,
         sink: &mut dyn FnMut(usize, &[f32]),
     ) -> std::result::Result<f32, ModelError> {
-        let (embedded, windows, positions, targets) = self.embed(batch)?;
+        let Embedded {
+            x: embedded,
+            windows,
+            positions,
+            targets,
+        } = self.embed(batch)?;
         let mut borders = vec![(Var::from_tensor(&embedded.detach())?, embedded)];
         for layer in 0..self.config.layers {
             let input = borders[layer].0.as_tensor();
@@ -288,7 +299,12 @@ impl Model for Llama {
     }
 
     fn evaluate(&self, batch: &Batch) -> std::result::Result<Evaluation, ModelError> {
-        let (mut x, windows, positions, targets) = self.embed(batch)?;
+        let Embedded {
+            mut x,
+            windows,
+            positions,
+            targets,
+        } = self.embed(batch)?;
         for layer in 0..self.config.layers {
             // Detached: nothing of the graph is kept.
             x = self.block(layer, &x, windows, positions)?.detach();
