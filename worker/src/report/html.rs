@@ -124,7 +124,7 @@ fn closing(runs: &[Run]) -> String {
         html += &table_row("", &label, &cells);
     }
     html += "</table></div><p>Bytes are those of one worker, payload on the wire. Predicted: compute as measured on this \
-             machine, each worker behind a link of its own at that rate, what is sent and what is received taking turns.</p>";
+             machine, every worker and shard behind a link of its own at that rate.</p>";
     html
 }
 
@@ -221,7 +221,7 @@ fn plots(runs: &[Run]) -> Vec<(Plot<'static>, &'static str)> {
                 format::seconds,
                 predicted,
             ),
-            "compute as measured, each worker behind a link of its own",
+            "compute as measured, every worker and shard behind a link of its own",
         ),
         (
             step_plot(

@@ -127,14 +127,16 @@ impl Run {
         [known[0], known[1], known[2], rest]
     }
 
-    /// Predicted seconds of every step, were each worker behind a link of its own at this rate.
+    /// Predicted seconds of every step, were every worker and every shard behind a link of its own at this rate.
     ///
-    /// Compute and compression count as measured; what is sent and what is received take turns on the link, as they
-    /// do in a step of one bucket. Shards are taken to be fast enough and the round trip to be short.
+    /// The model is that of [`arc_topk_common::plan::predict`] with separate shards and a short round trip: a step takes
+    /// its local work as measured, and what the busiest direction of the busiest link needs.
     pub fn predicted_step_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
+        let per_shard = f64::from(self.summary.workers) / f64::from(self.summary.shards.max(1));
         self.steps.iter().map(move |record| {
             let local = f64::from(record.compute_seconds) + f64::from(record.compress_seconds);
-            local + 8.0 * (record.bytes_sent + record.bytes_received) as f64 / bits_per_second
+            let bytes = record.bytes_sent.max(record.bytes_received) as f64 * per_shard.max(1.0);
+            local + 8.0 * bytes / bits_per_second
         })
     }
 
@@ -274,7 +276,11 @@ mod tests {
         one.compute_seconds = 0.5;
         let run = Run::new(None, &[vec![one]], "x".into());
         let seconds: Vec<f64> = run.predicted_step_seconds(8e6).collect();
-        assert_eq!(seconds, [1.5]);
+        assert_eq!(seconds, [1.0]);
+        let mut four = run;
+        (four.summary.workers, four.summary.shards) = (4, 2);
+        let seconds: Vec<f64> = four.predicted_step_seconds(8e6).collect();
+        assert_eq!(seconds, [1.5], "two workers share a shard's link");
     }
 
     #[test]

@@ -24,8 +24,7 @@ pub fn closing_table(runs: &[Run]) -> String {
         table.add_row(row);
     }
     format!(
-        "{table}\nPredicted: compute as measured here, each worker behind a link of its own at that rate,\n\
-         what is sent and what is received taking turns.\n"
+        "{table}\nPredicted: compute as measured here, every worker and shard behind a link of its own at that rate.\n"
     )
 }
 
