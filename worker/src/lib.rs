@@ -3,6 +3,7 @@
 //! | module | room for |
 //! |---|---|
 //! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
+//! | `cli` | `arc-worker`'s commands (feature `train`) |
 //! | [`memory`] | a whole job in one process, without sockets |
 //! | [`record`] | what a run leaves behind: `steps.jsonl` and `summary.json` |
 //! | `report` | the closing table and the HTML page, from records (feature `train`) |
@@ -12,6 +13,8 @@
 //! | `train` | the built-in trainer (feature `train`): models, data, loop, checkpoints |
 
 pub mod backend;
+#[cfg(feature = "train")]
+pub mod cli;
 pub mod memory;
 pub mod record;
 pub mod reducer;

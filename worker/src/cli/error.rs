@@ -20,7 +20,9 @@ pub(crate) enum CliError {
     Settings(#[from] SettingsError),
     #[error(transparent)]
     Setting(#[from] SettingError),
-    #[error("--log {filter:?} is not a filter: {problem}; write a level such as info, or info,arc_topk_worker=debug")]
+    #[error(
+        "--log {filter:?} is not a filter: {problem}; write a level such as info, or info,arc_topk_worker=debug"
+    )]
     Log { filter: String, problem: String },
     #[error("{argument:?} is not {what}: write {example}")]
     Argument {
@@ -47,9 +49,16 @@ pub(crate) enum CliError {
         source: io::Error,
     },
     #[error("cannot {action}: {source}")]
-    System { action: &'static str, source: io::Error },
+    System {
+        action: &'static str,
+        source: io::Error,
+    },
     #[error("{who} did not get ready: {reason}\n{tail}")]
-    NotReady { who: String, reason: String, tail: String },
+    NotReady {
+        who: String,
+        reason: String,
+        tail: String,
+    },
     /// Its parts were reported when they failed.
     #[error("{failed} of the job's processes failed; their logs are in {}", logs.display())]
     Job { failed: usize, logs: PathBuf },
@@ -61,10 +70,14 @@ impl CliError {
     /// 2 for what the caller should write differently, 130 for a signal, 1 for everything else.
     pub(crate) fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Settings(SettingsError::Flags(error)) => ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2)),
-            Self::Settings(_) | Self::Setting(_) | Self::Log { .. } | Self::Argument { .. } | Self::Plan(_) => {
-                ExitCode::from(2)
+            Self::Settings(SettingsError::Flags(error)) => {
+                ExitCode::from(u8::try_from(error.exit_code()).unwrap_or(2))
             }
+            Self::Settings(_)
+            | Self::Setting(_)
+            | Self::Log { .. }
+            | Self::Argument { .. }
+            | Self::Plan(_) => ExitCode::from(2),
             Self::Train(TrainError::Setting(_)) => ExitCode::from(2),
             Self::Interrupted => ExitCode::from(INTERRUPTED),
             _ => ExitCode::FAILURE,

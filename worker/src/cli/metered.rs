@@ -6,7 +6,9 @@ use crate::reducer::{ReduceError, Reducer, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, TensorId};
-use arc_topk_common::metrics::{ConnectionFigures, Flow, StepEnd, StepPhase, Traffic, WorkerMetrics};
+use arc_topk_common::metrics::{
+    ConnectionFigures, Flow, StepEnd, StepPhase, Traffic, WorkerMetrics,
+};
 use arc_topk_common::plan::Plan;
 use arc_topk_ps::server::admin::{self, Admin, Answer};
 use std::net::SocketAddr;
@@ -40,7 +42,11 @@ impl MeteredReducer {
         }
         let wide = |value: Option<f32>| value.map(f64::from);
         let density = Some(f64::from(stats.density));
-        self.metrics.set_compression(density, wide(stats.captured_energy), wide(stats.residual_ratio()));
+        self.metrics.set_compression(
+            density,
+            wide(stats.captured_energy),
+            wide(stats.residual_ratio()),
+        );
         if outcome.step.0 % CONNECTIONS_EVERY == 0 {
             for (shard, figures) in self.inner.connections() {
                 let figures = ConnectionFigures {
@@ -125,7 +131,11 @@ pub(super) struct Pages {
 impl Pages {
     /// Pages about `metrics`; not ready before [`Pages::joined`].
     pub(super) fn new(metrics: Arc<WorkerMetrics>) -> Self {
-        Self { metrics, latest: Mutex::default(), rank: AtomicU64::new(u64::MAX) }
+        Self {
+            metrics,
+            latest: Mutex::default(),
+            rank: AtomicU64::new(u64::MAX),
+        }
     }
 
     /// The worker is a member of its job.
@@ -135,15 +145,26 @@ impl Pages {
 
     /// A step is done.
     pub(super) fn step(&self, record: &StepRecord) {
-        let end = if record.skipped { StepEnd::Skipped } else { StepEnd::Applied };
-        self.metrics.step_ended(end, f64::from(record.step_seconds), record.dense_equivalent_bytes);
+        let end = if record.skipped {
+            StepEnd::Skipped
+        } else {
+            StepEnd::Applied
+        };
+        self.metrics.step_ended(
+            end,
+            f64::from(record.step_seconds),
+            record.dense_equivalent_bytes,
+        );
         let phases = [
             (StepPhase::Compute, record.compute_seconds),
             (StepPhase::Compress, record.compress_seconds),
             (StepPhase::Wait, record.wait_seconds),
         ];
-        phases.into_iter().for_each(|(phase, seconds)| self.metrics.phase_ended(phase, f64::from(seconds)));
-        self.metrics.set_training(record.step, f64::from(record.loss));
+        phases
+            .into_iter()
+            .for_each(|(phase, seconds)| self.metrics.phase_ended(phase, f64::from(seconds)));
+        self.metrics
+            .set_training(record.step, f64::from(record.loss));
         self.metrics.set_learning_rate(f64::from(record.lr));
         self.metrics.add_samples(record.tokens);
         if let Some(loss) = record.validation_loss {
@@ -163,12 +184,19 @@ impl Admin for Pages {
     }
 
     fn ready(&self) -> Answer<'_, Result<(), String>> {
-        let joined = self.rank().map(drop).ok_or_else(|| "waiting for the other workers".to_owned());
+        let joined = self
+            .rank()
+            .map(drop)
+            .ok_or_else(|| "waiting for the other workers".to_owned());
         Box::pin(async move { joined })
     }
 
     fn status(&self) -> Answer<'_, String> {
-        let latest = self.latest.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let latest = self
+            .latest
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
+            .clone();
         let status = serde_json::json!({ "component": "worker", "rank": self.rank(), "latest_step": latest });
         Box::pin(async move { status.to_string() })
     }
@@ -184,15 +212,23 @@ impl Admin for Pages {
 /// Takes `address` and serves `pages` on a thread of its own until the process ends. Returns the bound address.
 pub(super) fn serve(address: SocketAddr, pages: Arc<Pages>) -> Result<SocketAddr, CliError> {
     let system = |action| move |source| CliError::System { action, source };
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build();
     let runtime = runtime.map_err(system("start the runtime"))?;
     let listener = runtime.block_on(admin::bind(address))?;
-    let bound = listener.local_addr().map_err(system("read the admin address"))?;
+    let bound = listener
+        .local_addr()
+        .map_err(system("read the admin address"))?;
     let work = move || {
-        if let Err(error) = runtime.block_on(admin::serve(listener, pages, std::future::pending())) {
+        if let Err(error) = runtime.block_on(admin::serve(listener, pages, std::future::pending()))
+        {
             tracing::warn!(%error, "the admin pages ended");
         }
     };
-    std::thread::Builder::new().name("arc-admin".into()).spawn(work).map_err(system("start a thread"))?;
+    std::thread::Builder::new()
+        .name("arc-admin".into())
+        .spawn(work)
+        .map_err(system("start a thread"))?;
     Ok(bound)
 }

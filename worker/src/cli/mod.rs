@@ -64,11 +64,17 @@ enum Commands {
     #[command(disable_help_flag = true)]
     Ps {
         /// What `arc-ps` is told.
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGUMENTS")]
+        #[arg(
+            trailing_var_arg = true,
+            allow_hyphen_values = true,
+            value_name = "ARGUMENTS"
+        )]
         arguments: Vec<OsString>,
     },
     /// Print a completion script for a shell, to be sourced or put where the shell looks for it.
-    #[command(after_help = "Example:\n  arc-worker completions bash > ~/.local/share/bash-completion/completions/arc-worker")]
+    #[command(
+        after_help = "Example:\n  arc-worker completions bash > ~/.local/share/bash-completion/completions/arc-worker"
+    )]
     Completions {
         /// Shell.
         shell: clap_complete::Shell,
@@ -85,7 +91,10 @@ pub fn run(args: impl IntoIterator<Item = OsString>) -> ExitCode {
         // arc-ps reads its own settings, `--config` included.
         return shard(words.into_iter().skip(2));
     }
-    match read_settings::<Arguments>(words).map_err(CliError::from).and_then(|a| dispatch(a.command)) {
+    match read_settings::<Arguments>(words)
+        .map_err(CliError::from)
+        .and_then(|a| dispatch(a.command))
+    {
         Ok(code) => code,
         Err(error) => {
             match &error {
@@ -121,8 +130,10 @@ fn dispatch(command: Commands) -> Result<ExitCode, CliError> {
 
 /// Logs to standard error.
 fn start_log(filter: &str) -> Result<(), CliError> {
-    let parsed = tracing_subscriber::EnvFilter::try_new(filter)
-        .map_err(|error| CliError::Log { filter: filter.to_owned(), problem: error.to_string() })?;
+    let parsed = tracing_subscriber::EnvFilter::try_new(filter).map_err(|error| CliError::Log {
+        filter: filter.to_owned(),
+        problem: error.to_string(),
+    })?;
     let subscriber = tracing_subscriber::fmt()
         .with_env_filter(parsed)
         .with_writer(io::stderr)
@@ -138,9 +149,10 @@ fn start_log(filter: &str) -> Result<(), CliError> {
 fn print(text: &str) -> Result<(), CliError> {
     let mut out = io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
-        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => {
-            Err(CliError::System { action: "write to standard output", source })
-        }
+        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => Err(CliError::System {
+            action: "write to standard output",
+            source,
+        }),
         _ => Ok(()),
     }
 }

@@ -42,9 +42,21 @@ impl Process {
         log: PathBuf,
         events: UnboundedSender<(usize, Output)>,
     ) -> Result<Self, CliError> {
-        let file = File::create(&log).map_err(|source| CliError::File { action: "create", path: log.clone(), source })?;
-        command.stdin(Stdio::piped()).stdout(Stdio::piped()).stderr(file).kill_on_drop(true).process_group(0);
-        let mut child = command.spawn().map_err(|source| CliError::System { action: "start a process of the job", source })?;
+        let file = File::create(&log).map_err(|source| CliError::File {
+            action: "create",
+            path: log.clone(),
+            source,
+        })?;
+        command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(file)
+            .kill_on_drop(true)
+            .process_group(0);
+        let mut child = command.spawn().map_err(|source| CliError::System {
+            action: "start a process of the job",
+            source,
+        })?;
         let stdin = child.stdin.take();
         let stdout = child.stdout.take().expect("standard output is piped");
         let (kill, mut killed) = oneshot::channel();
@@ -67,14 +79,21 @@ impl Process {
                 }
             };
             // A grandchild may hold the pipe open for ever.
-            while let Ok(Ok(Some(line))) = tokio::time::timeout(Duration::from_millis(200), lines.next_line()).await {
+            while let Ok(Ok(Some(line))) =
+                tokio::time::timeout(Duration::from_millis(200), lines.next_line()).await
+            {
                 drop(events.send((key, Output::Line(line))));
             }
             if let Ok(status) = status {
                 drop(events.send((key, Output::Ended(status))));
             }
         });
-        Ok(Self { name, log, stdin, kill: Some(kill) })
+        Ok(Self {
+            name,
+            log,
+            stdin,
+            kill: Some(kill),
+        })
     }
 
     /// Asks it to end in order, by ending its standard input.
@@ -102,7 +121,10 @@ pub(super) fn tail(log: &Path) -> String {
         return "    (it logged nothing)".to_owned();
     }
     let last = &lines[lines.len().saturating_sub(LINES)..];
-    last.iter().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n")
+    last.iter()
+        .map(|line| format!("    {line}"))
+        .collect::<Vec<_>>()
+        .join("\n")
 }
 
 #[cfg(test)]
@@ -121,7 +143,14 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let (send, mut events) = unbounded_channel();
         let log = dir.path().join("log");
-        let process = Process::start(7, "x".into(), shell("echo one; echo oops >&2; echo two; exit 3"), log, send).unwrap();
+        let process = Process::start(
+            7,
+            "x".into(),
+            shell("echo one; echo oops >&2; echo two; exit 3"),
+            log,
+            send,
+        )
+        .unwrap();
         let mut seen = Vec::new();
         while let Some((key, output)) = events.recv().await {
             assert_eq!(key, 7);
@@ -142,10 +171,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         for polite in [true, false] {
             let (send, mut events) = unbounded_channel();
-            let script = if polite { "cat; exit 4" } else { "exec sleep 600" };
-            let mut process = Process::start(0, "x".into(), shell(script), dir.path().join("log"), send).unwrap();
-            if polite { process.ask_to_end() } else { process.kill() }
-            let Some((_, Output::Ended(status))) = events.recv().await else { panic!("no end") };
+            let script = if polite {
+                "cat; exit 4"
+            } else {
+                "exec sleep 600"
+            };
+            let mut process =
+                Process::start(0, "x".into(), shell(script), dir.path().join("log"), send).unwrap();
+            if polite {
+                process.ask_to_end()
+            } else {
+                process.kill()
+            }
+            let Some((_, Output::Ended(status))) = events.recv().await else {
+                panic!("no end")
+            };
             assert_eq!(status.code(), polite.then_some(4));
         }
     }

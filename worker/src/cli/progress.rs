@@ -40,13 +40,24 @@ impl Progress {
         } else {
             Style::Lines { last: None }
         };
-        Self { name: name.to_owned(), total, style, latest: vec![None; workers], validation: None, shown: 0 }
+        Self {
+            name: name.to_owned(),
+            total,
+            style,
+            latest: vec![None; workers],
+            validation: None,
+            shown: 0,
+        }
     }
 
     /// A worker finished a step. JSON gets every record, people what most workers have reached.
     pub(super) fn step(&mut self, rank: usize, record: &StepRecord) {
         if matches!(self.style, Style::Json) {
-            return self.json("step", rank, &serde_json::to_value(record).unwrap_or_default());
+            return self.json(
+                "step",
+                rank,
+                &serde_json::to_value(record).unwrap_or_default(),
+            );
         }
         let fresh = record.validation_loss.is_some();
         self.validation = record.validation_loss.or(self.validation);
@@ -65,7 +76,11 @@ impl Progress {
     pub(super) fn message(&mut self, rank: Option<usize>, text: &str) {
         match (&self.style, rank) {
             (Style::Json, rank) => {
-                self.json("message", rank.unwrap_or(0), &serde_json::json!({ "text": text }));
+                self.json(
+                    "message",
+                    rank.unwrap_or(0),
+                    &serde_json::json!({ "text": text }),
+                );
             }
             // Every worker says the same of data and skipped steps.
             (_, Some(rank)) if rank > 0 => {}
@@ -109,7 +124,13 @@ impl Progress {
     }
 
     fn line(&self) {
-        eprintln!("{}: step {}/{}  {}", self.name, self.shown, self.total, self.text());
+        eprintln!(
+            "{}: step {}/{}  {}",
+            self.name,
+            self.shown,
+            self.total,
+            self.text()
+        );
     }
 
     /// Means over the workers' latest records.
@@ -123,9 +144,16 @@ impl Progress {
         if let Some(loss) = self.validation {
             text += &format!("  val {loss:.3}");
         }
-        text += &format!("  {}/step", format::seconds(mean(|r| f64::from(r.step_seconds))));
+        text += &format!(
+            "  {}/step",
+            format::seconds(mean(|r| f64::from(r.step_seconds)))
+        );
         if moved > 0.0 {
-            text += &format!("  {}/step, {} of dense", format::bytes(moved), format::ratio(moved / dense));
+            text += &format!(
+                "  {}/step, {} of dense",
+                format::bytes(moved),
+                format::ratio(moved / dense)
+            );
         }
         text
     }
@@ -146,9 +174,13 @@ pub(super) fn emit(line: &serde_json::Value) {
 }
 
 fn bar(name: &str, total: u64) -> ProgressBar {
-    let style = ProgressStyle::with_template("{prefix:>6} {bar:24.cyan/dim} {pos}/{len} {elapsed}/{eta_precise} {wide_msg}");
+    let style = ProgressStyle::with_template(
+        "{prefix:>6} {bar:24.cyan/dim} {pos}/{len} {elapsed}/{eta_precise} {wide_msg}",
+    );
     let style = style.unwrap_or_else(|_| ProgressStyle::default_bar());
-    ProgressBar::new(total).with_style(style).with_prefix(name.to_owned())
+    ProgressBar::new(total)
+        .with_style(style)
+        .with_prefix(name.to_owned())
 }
 
 #[cfg(test)]
@@ -168,15 +200,31 @@ mod tests {
             ..StepRecord::default()
         };
         progress.step(0, &record);
-        progress.step(1, &StepRecord { loss: 4.0, ..record });
-        assert_eq!(progress.text(), "loss 3.000  val 2.500  500 ms/step  200 kB/step, 1/20 of dense");
+        progress.step(
+            1,
+            &StepRecord {
+                loss: 4.0,
+                ..record
+            },
+        );
+        assert_eq!(
+            progress.text(),
+            "loss 3.000  val 2.500  500 ms/step  200 kB/step, 1/20 of dense"
+        );
         assert_eq!(progress.shown, 1);
     }
 
     #[test]
     fn a_run_without_communication_has_no_ratio() {
         let mut progress = Progress::new("alone", 1, 10, false);
-        progress.step(0, &StepRecord { loss: 1.0, step_seconds: 0.1, ..StepRecord::default() });
+        progress.step(
+            0,
+            &StepRecord {
+                loss: 1.0,
+                step_seconds: 0.1,
+                ..StepRecord::default()
+            },
+        );
         assert_eq!(progress.text(), "loss 1.000  100 ms/step");
     }
 }

@@ -10,7 +10,9 @@ use std::path::PathBuf;
 /// A run is a directory that `train --run-dir` or `local --run-dir` wrote. The first one is what the others are
 /// compared with. Runs that were cut short are reported up to their last step.
 #[derive(Args, Debug)]
-#[command(after_help = "Example:\n  arc-worker report runs/demo/dense runs/demo/arc --out report.html")]
+#[command(
+    after_help = "Example:\n  arc-worker report runs/demo/dense runs/demo/arc --out report.html"
+)]
 pub(super) struct ReportCommand {
     /// Directories of runs.
     #[arg(required = true, value_name = "RUN")]
@@ -22,7 +24,15 @@ pub(super) struct ReportCommand {
 
 /// Runs the command.
 pub(super) fn run(command: &ReportCommand) -> Result<(), CliError> {
-    let runs = command.runs.iter().map(|dir| Run::load(dir)).collect::<Result<Vec<_>, _>>()?;
+    let runs = command
+        .runs
+        .iter()
+        .map(|dir| Run::load(dir))
+        .collect::<Result<Vec<_>, _>>()?;
     write_report(&command.out, &runs)?;
-    print(&format!("{}\nreport: {}\n", closing_table(&runs), command.out.display()))
+    print(&format!(
+        "{}\nreport: {}\n",
+        closing_table(&runs),
+        command.out.display()
+    ))
 }

@@ -18,20 +18,32 @@ impl Stop {
     /// it the first signal is a request, and the second ends the process at once.
     pub(super) fn listen(until_stdin_ends: bool) -> Result<Self, CliError> {
         let stop = Self::default();
-        let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build();
-        let runtime = runtime.map_err(|source| CliError::System { action: "start the runtime", source })?;
+        let runtime = tokio::runtime::Builder::new_current_thread()
+            .enable_io()
+            .build();
+        let runtime = runtime.map_err(|source| CliError::System {
+            action: "start the runtime",
+            source,
+        })?;
         let listener = stop.clone();
         let listen = move || {
             runtime.block_on(async move {
-                let Ok(mut signals) = Signals::new() else { return };
+                let Ok(mut signals) = Signals::new() else {
+                    return;
+                };
                 loop {
                     signals.next().await;
                     listener.ask();
                 }
             });
         };
-        let spawned = std::thread::Builder::new().name("arc-signals".into()).spawn(listen);
-        spawned.map_err(|source| CliError::System { action: "start a thread", source })?;
+        let spawned = std::thread::Builder::new()
+            .name("arc-signals".into())
+            .spawn(listen);
+        spawned.map_err(|source| CliError::System {
+            action: "start a thread",
+            source,
+        })?;
         if until_stdin_ends {
             let stop = stop.clone();
             std::thread::spawn(move || {
@@ -69,7 +81,10 @@ pub(super) struct Signals {
 impl Signals {
     /// Takes both over from their default, which is to end the process. Needs a tokio runtime.
     pub(super) fn new() -> io::Result<Self> {
-        Ok(Self { interrupt: signal(SignalKind::interrupt())?, terminate: signal(SignalKind::terminate())? })
+        Ok(Self {
+            interrupt: signal(SignalKind::interrupt())?,
+            terminate: signal(SignalKind::terminate())?,
+        })
     }
 
     /// Waits for the next one.

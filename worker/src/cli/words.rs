@@ -15,8 +15,12 @@ pub(super) fn flags<T: Serialize>(settings: &T, left_out: &[&str]) -> Vec<OsStri
     let text = serde_json::to_string(settings).expect("settings are plain data");
     let fields: serde_json::Map<String, serde_json::Value> =
         serde_json::from_str(&text).expect("settings are a struct of named fields");
-    let kept = fields.into_iter().filter(|(key, _)| !left_out.contains(&key.as_str()));
-    kept.filter_map(|(key, value)| word(&key.replace('_', "-"), &value)).map(OsString::from).collect()
+    let kept = fields
+        .into_iter()
+        .filter(|(key, _)| !left_out.contains(&key.as_str()));
+    kept.filter_map(|(key, value)| word(&key.replace('_', "-"), &value))
+        .map(OsString::from)
+        .collect()
 }
 
 fn word(flag: &str, value: &serde_json::Value) -> Option<String> {
@@ -46,12 +50,26 @@ mod tests {
 
     #[test]
     fn settings_survive_the_way_through_a_command_line() {
-        let words = ["x", "--density", "0.37", "--lr", "0.0031", "--model", "60m", "--optimizer", "adamw", "--init", "zeros"];
+        let words = [
+            "x",
+            "--density",
+            "0.37",
+            "--lr",
+            "0.0031",
+            "--model",
+            "60m",
+            "--optimizer",
+            "adamw",
+            "--init",
+            "zeros",
+        ];
         let mut both = Both::parse_from(words);
         both.train.json = true;
         both.train.data = Some("a b/c.txt".into());
         let line = [OsString::from("x")].into_iter();
-        let line = line.chain(flags(&both.train, &[])).chain(flags(&both.algorithm, &[]));
+        let line = line
+            .chain(flags(&both.train, &[]))
+            .chain(flags(&both.algorithm, &[]));
         assert_eq!(Both::parse_from(line), both);
     }
 
@@ -59,7 +77,11 @@ mod tests {
     fn what_is_left_out_or_unset_is_no_word() {
         let both = Both::parse_from(["x"]);
         let words = flags(&both.train, &["lr"]);
-        let named = |name: &str| words.iter().any(|word| word.to_string_lossy().starts_with(name));
+        let named = |name: &str| {
+            words
+                .iter()
+                .any(|word| word.to_string_lossy().starts_with(name))
+        };
         assert!(named("--steps=") && !named("--lr=") && !named("--data") && !named("--json"));
     }
 }

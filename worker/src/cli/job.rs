@@ -1,0 +1,427 @@
+//! A job's processes on this machine, from their certificates to their last log line.
+//!
+//! Shards first, on ports of the system's choice, then workers. When all workers have ended the shards are asked to.
+//! A worker that fails is reported and the others go on: the shards close its rounds with those present.
+
+use super::error::CliError;
+use super::process::{Output, Process, tail};
+use super::progress::Progress;
+use super::stop::Signals;
+use super::words::flags;
+use crate::record::{STEPS_FILE, SUMMARY_FILE, StepRecord};
+use arc_topk_common::config::{AlgorithmConfig, TrainArgs};
+use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
+use std::ffi::OsString;
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+use std::process::ExitStatus;
+use std::time::Duration;
+use tokio::process::Command;
+use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use tokio::time::{Instant, sleep_until, timeout_at};
+
+const READY_TIMEOUT: Duration = Duration::from_secs(30);
+/// A worker ends between steps, and may write a checkpoint first.
+const WORKER_GRACE: Duration = Duration::from_secs(20);
+const SHARD_GRACE: Duration = Duration::from_secs(5);
+const FOREVER: Duration = Duration::from_secs(365 * 86_400);
+
+/// What to start.
+#[derive(Clone, Debug)]
+pub(super) struct JobSpec {
+    /// What people call the run.
+    pub(super) name: String,
+    /// Name by which shards tell jobs apart.
+    pub(super) job: String,
+    /// Log filter of all processes.
+    pub(super) log: String,
+    /// Workers to start.
+    pub(super) workers: u16,
+    /// Shards to start.
+    pub(super) shards: u16,
+    /// Address of shard 0's live page.
+    pub(super) admin: Option<SocketAddr>,
+    /// What workers are told.
+    pub(super) train: TrainArgs,
+    /// What workers are told.
+    pub(super) algorithm: AlgorithmConfig,
+    /// Directory of the run: `worker-<rank>/` and `logs/`.
+    pub(super) dir: PathBuf,
+    /// Most milliseconds by which a shard delays each answer, at random. For tests.
+    pub(super) chaos_delay_ms: u64,
+    /// A program to run as every worker; empty for the built-in trainer.
+    pub(super) program: Vec<OsString>,
+}
+
+/// Runs the job to its end, showing `progress`.
+///
+/// # Errors
+/// A process cannot be started, or failed ([`CliError::Job`]); a signal came ([`CliError::Interrupted`]).
+pub(super) async fn run(spec: &JobSpec, progress: &mut Progress) -> Result<(), CliError> {
+    // Taken over before anything is started: from here on a signal ends the job in order.
+    let mut signals = Signals::new().map_err(|source| CliError::System {
+        action: "catch signals",
+        source,
+    })?;
+    let mut job = Job::prepare(spec)?;
+    let ended = tokio::select! {
+        ready = job.start_shards() => ready,
+        () = signals.next() => Err(CliError::Interrupted),
+    };
+    let page = ended?;
+    if let Some(page) = page {
+        progress.message(None, &format!("live page at http://{page}/"));
+    }
+    job.start_workers()?;
+    let interrupted = job.watch_workers(&mut signals, progress).await;
+    job.end_shards().await;
+    progress.finish();
+    if interrupted {
+        return Err(CliError::Interrupted);
+    }
+    match job.failed {
+        0 => Ok(()),
+        failed => Err(CliError::Job {
+            failed,
+            logs: spec.dir.join("logs"),
+        }),
+    }
+}
+
+struct Job<'a> {
+    spec: &'a JobSpec,
+    executable: PathBuf,
+    certs: JobCerts,
+    /// Removed with its keys when the job is over.
+    _certs_dir: tempfile::TempDir,
+    /// Shards, then workers.
+    processes: Vec<Process>,
+    ended: Vec<bool>,
+    events: UnboundedReceiver<(usize, Output)>,
+    sender: UnboundedSender<(usize, Output)>,
+    addresses: Vec<String>,
+    failed: usize,
+}
+
+impl<'a> Job<'a> {
+    fn prepare(spec: &'a JobSpec) -> Result<Self, CliError> {
+        let logs = spec.dir.join("logs");
+        let created = std::fs::create_dir_all(&logs);
+        created.map_err(|source| CliError::File {
+            action: "create",
+            path: logs,
+            source,
+        })?;
+        if !spec.train.resume {
+            forget_records(&spec.dir)?;
+        }
+        let executable = std::env::current_exe();
+        let executable = executable.map_err(|source| CliError::System {
+            action: "find this program's file",
+            source,
+        })?;
+        let certs_dir = tempfile::Builder::new().prefix("arc-certs-").tempdir();
+        let certs_dir = certs_dir.map_err(|source| CliError::System {
+            action: "make a temporary directory",
+            source,
+        })?;
+        let certs = make_job_certs(certs_dir.path(), &CertRequest::new(&spec.job, &[], 30))?;
+        let (sender, events) = unbounded_channel();
+        Ok(Self {
+            spec,
+            executable,
+            certs,
+            _certs_dir: certs_dir,
+            processes: Vec::new(),
+            ended: Vec::new(),
+            events,
+            sender,
+            addresses: vec![String::new(); usize::from(spec.shards)],
+            failed: 0,
+        })
+    }
+
+    fn start(&mut self, name: String, command: Command) -> Result<(), CliError> {
+        let log = self
+            .spec
+            .dir
+            .join("logs")
+            .join(format!("{}.log", name.replace(' ', "-")));
+        let process = Process::start(
+            self.processes.len(),
+            name,
+            command,
+            log,
+            self.sender.clone(),
+        )?;
+        self.processes.push(process);
+        self.ended.push(false);
+        Ok(())
+    }
+
+    /// This program again, told by flags alone.
+    fn itself(&self, subcommand: &str) -> Command {
+        let mut command = own_environment(Command::new(&self.executable));
+        command.arg(subcommand).arg("--until-stdin-ends");
+        command
+            .arg(format!("--log={}", self.spec.log))
+            .arg(format!("--job={}", self.spec.job));
+        command
+    }
+
+    /// Starts all shards and waits until workers can connect. Returns the address of shard 0's page.
+    async fn start_shards(&mut self) -> Result<Option<SocketAddr>, CliError> {
+        let spec = self.spec;
+        for shard in 0..spec.shards {
+            let mut command = self.itself("ps");
+            let admin = spec.admin.map_or_else(
+                || "off".to_owned(),
+                |address| {
+                    if shard == 0 {
+                        free_or_any(address).to_string()
+                    } else {
+                        format!("{}:0", address.ip())
+                    }
+                },
+            );
+            command
+                .arg("--ready-json")
+                .arg("--listen=127.0.0.1:0")
+                .arg(format!("--admin={admin}"));
+            command
+                .arg(format!("--shard={shard}"))
+                .arg(format!("--shards={}", spec.shards));
+            command.arg(format!("--workers={}", spec.workers));
+            if spec.chaos_delay_ms > 0 {
+                command.arg(format!("--chaos-delay-ms={}", spec.chaos_delay_ms));
+            }
+            command.arg("--certs").arg(&self.certs.shard);
+            self.start(format!("shard {shard}"), command)?;
+        }
+        self.await_shards().await
+    }
+
+    async fn await_shards(&mut self) -> Result<Option<SocketAddr>, CliError> {
+        let deadline = Instant::now() + READY_TIMEOUT;
+        let mut page = None;
+        while self.addresses.iter().any(String::is_empty) {
+            let event = timeout_at(deadline, self.events.recv()).await;
+            let Ok(Some((shard, output))) = event else {
+                let late = self
+                    .addresses
+                    .iter()
+                    .position(String::is_empty)
+                    .unwrap_or(0);
+                return Err(self.not_ready(
+                    late,
+                    format!("it said nothing for {} s", READY_TIMEOUT.as_secs()),
+                ));
+            };
+            match output {
+                Output::Ended(status) => {
+                    return Err(self.not_ready(shard, format!("it ended with {status}")));
+                }
+                Output::Line(line) => {
+                    let ready: serde_json::Value = serde_json::from_str(&line).unwrap_or_default();
+                    if let Some(address) = ready["quic"].as_str() {
+                        address.clone_into(&mut self.addresses[shard]);
+                    }
+                    if shard == 0 {
+                        page = ready["admin"]
+                            .as_str()
+                            .and_then(|address| address.parse().ok());
+                    }
+                }
+            }
+        }
+        Ok(page)
+    }
+
+    fn not_ready(&self, index: usize, reason: String) -> CliError {
+        let process = &self.processes[index];
+        CliError::NotReady {
+            who: process.name.clone(),
+            reason,
+            tail: tail(&process.log),
+        }
+    }
+
+    fn start_workers(&mut self) -> Result<(), CliError> {
+        for rank in 0..self.spec.workers {
+            let command = if self.spec.program.is_empty() {
+                self.trainer(rank)
+            } else {
+                self.user_program(rank)
+            };
+            self.start(format!("worker {rank}"), command)?;
+        }
+        Ok(())
+    }
+
+    fn worker_dir(&self, rank: u16) -> PathBuf {
+        self.spec.dir.join(format!("worker-{rank}"))
+    }
+
+    fn trainer(&self, rank: u16) -> Command {
+        let spec = self.spec;
+        let mut command = self.itself("train");
+        command
+            .args(flags(&spec.train, &["run_dir", "json"]))
+            .args(flags(&spec.algorithm, &[]));
+        command
+            .arg("--json")
+            .arg("--run-dir")
+            .arg(self.worker_dir(rank))
+            .arg("--certs")
+            .arg(&self.certs.worker);
+        command.arg(format!("--shard-addresses={}", self.addresses.join(",")));
+        command
+            .arg(format!("--rank={rank}"))
+            .arg(format!("--workers={}", spec.workers))
+            .arg("--admin=off");
+        command
+    }
+
+    /// A program that reads from its environment how to join.
+    fn user_program(&self, rank: u16) -> Command {
+        let mut command = own_environment(Command::new(&self.spec.program[0]));
+        command.args(&self.spec.program[1..]);
+        command
+            .env("ARC_SHARD_ADDRESSES", self.addresses.join(","))
+            .env("ARC_CERTS", &self.certs.worker);
+        command
+            .env("ARC_JOB", &self.spec.job)
+            .env("ARC_LOG", &self.spec.log);
+        command
+            .env("ARC_RANK", rank.to_string())
+            .env("ARC_WORKERS", self.spec.workers.to_string());
+        command.env("ARC_RUN_DIR", self.worker_dir(rank));
+        command
+    }
+
+    /// Until all workers have ended. Whether a signal ended them.
+    async fn watch_workers(&mut self, signals: &mut Signals, progress: &mut Progress) -> bool {
+        let shards = usize::from(self.spec.shards);
+        let mut deadline = Instant::now() + FOREVER;
+        let mut interrupted = false;
+        while self.ended[shards..].contains(&false) {
+            tokio::select! {
+                event = self.events.recv() => match event {
+                    Some((index, output)) => self.note(index, output, interrupted, progress),
+                    None => break,
+                },
+                () = signals.next() => {
+                    let again = std::mem::replace(&mut interrupted, true);
+                    deadline = Instant::now() + if again { Duration::ZERO } else { WORKER_GRACE };
+                    if !again {
+                        progress.message(None, "stopping; once more to stop at once");
+                        self.processes[shards..].iter_mut().for_each(Process::ask_to_end);
+                    }
+                }
+                () = sleep_until(deadline) => {
+                    self.processes[shards..].iter_mut().for_each(Process::kill);
+                    deadline = Instant::now() + FOREVER;
+                }
+            }
+        }
+        interrupted
+    }
+
+    /// Takes note of what a process did while workers run.
+    fn note(&mut self, index: usize, output: Output, stopping: bool, progress: &mut Progress) {
+        let rank = index.checked_sub(usize::from(self.spec.shards));
+        match (output, rank) {
+            (Output::Line(line), Some(rank)) => worker_line(rank, &line, progress),
+            (Output::Line(_), None) => {}
+            (Output::Ended(status), _) => {
+                self.ended[index] = true;
+                if !status.success() && !stopping {
+                    self.failed += 1;
+                    progress.complaint(&complaint(&self.processes[index], status));
+                }
+            }
+        }
+    }
+
+    /// Asks the shards to end, and sees to it that they do.
+    async fn end_shards(&mut self) {
+        let shards = usize::from(self.spec.shards);
+        self.processes[..shards]
+            .iter_mut()
+            .for_each(Process::ask_to_end);
+        let deadline = Instant::now() + SHARD_GRACE;
+        while self.ended[..shards].contains(&false) {
+            match timeout_at(deadline, self.events.recv()).await {
+                Ok(Some((index, Output::Ended(_)))) => self.ended[index] = true,
+                Ok(Some(_)) => {}
+                // Dropping the job kills what is left.
+                _ => break,
+            }
+        }
+    }
+}
+
+/// A worker's line: a step or a message as JSON, or whatever a user's program prints.
+fn worker_line(rank: usize, line: &str, progress: &mut Progress) {
+    let fields: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+    match fields["event"].as_str() {
+        Some("step") => {
+            if let Ok(record) = serde_json::from_value::<StepRecord>(fields) {
+                progress.step(rank, &record);
+            }
+        }
+        Some("message") => {
+            progress.message(Some(rank), fields["text"].as_str().unwrap_or_default())
+        }
+        Some(_) => {}
+        None => progress.complaint(&format!("[{rank}] {line}")),
+    }
+}
+
+fn complaint(process: &Process, status: ExitStatus) -> String {
+    format!(
+        "arc-worker: {} ended with {status}; the end of its log {}:\n{}",
+        process.name,
+        process.log.display(),
+        tail(&process.log)
+    )
+}
+
+/// Without this program's own settings, which reach the other processes as flags.
+fn own_environment(mut command: Command) -> Command {
+    for (name, _) in std::env::vars_os() {
+        if name.to_string_lossy().starts_with("ARC_") {
+            command.env_remove(name);
+        }
+    }
+    command
+}
+
+/// `address`, or any free port of its host if it is taken: a second job on this machine must not fail for its page.
+fn free_or_any(address: SocketAddr) -> SocketAddr {
+    match std::net::TcpListener::bind(address) {
+        Ok(_) => address,
+        Err(_) => SocketAddr::new(address.ip(), 0),
+    }
+}
+
+/// Removes the records of an earlier run with more workers, which would be taken for this one's.
+fn forget_records(dir: &Path) -> Result<(), CliError> {
+    for rank in 0.. {
+        let worker = dir.join(format!("worker-{rank}"));
+        if !worker.is_dir() {
+            break;
+        }
+        for file in [STEPS_FILE, SUMMARY_FILE] {
+            let path = worker.join(file);
+            if path.exists() {
+                std::fs::remove_file(&path).map_err(|source| CliError::File {
+                    action: "remove",
+                    path,
+                    source,
+                })?;
+            }
+        }
+    }
+    Ok(())
+}
