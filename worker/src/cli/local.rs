@@ -3,7 +3,7 @@
 use super::error::CliError;
 use super::job::{self, JobSpec};
 use super::progress::{Progress, emit};
-use super::{print, start_log};
+use super::{compressor_name, print, start_log};
 use crate::report::{Run, closing_table, write_report};
 use crate::train::data::Dataset;
 use crate::train::parameters;
@@ -127,7 +127,7 @@ fn compare(settings: &LocalSettings, dir: &Path) -> Result<(), CliError> {
     dense.algorithm.compressor = Compressor::Dense;
     dense.train.lr = settings.dense_lr;
     dense.train.validate()?;
-    dense.name = name(&dense.algorithm);
+    dense.name = compressor_name(&dense.algorithm);
     dense.dir = dir.join(&dense.name);
     own.dir = dir.join(&own.name);
     if own.name == dense.name {
@@ -136,10 +136,6 @@ fn compare(settings: &LocalSettings, dir: &Path) -> Result<(), CliError> {
         own.dir = dir.join(&own.name);
     }
     finish(settings, &[dense, own], Some(&dir.join("report.html")))
-}
-
-fn name(algorithm: &AlgorithmConfig) -> String {
-    format!("{:?}", algorithm.compressor).to_lowercase()
 }
 
 impl LocalSettings {
@@ -171,7 +167,7 @@ impl LocalSettings {
             }
         }
         Ok(JobSpec {
-            name: name(&self.algorithm),
+            name: compressor_name(&self.algorithm),
             job: self.common.job.clone(),
             log: self.common.log.clone(),
             workers: self.local.workers,

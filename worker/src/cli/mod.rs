@@ -25,7 +25,7 @@ mod stop;
 mod train;
 mod words;
 
-use arc_topk_common::config::{SettingsError, read_settings};
+use arc_topk_common::config::{AlgorithmConfig, SettingsError, read_settings};
 use clap::{CommandFactory, Parser, Subcommand};
 use error::CliError;
 use std::ffi::OsString;
@@ -143,6 +143,11 @@ fn start_log(filter: &str) -> Result<(), CliError> {
     // A program that calls this one may have a log of its own already: that one stays.
     let _own_log = tracing::subscriber::set_global_default(subscriber);
     Ok(())
+}
+
+/// The compressor as its flag spells it: what runs are called.
+fn compressor_name(algorithm: &AlgorithmConfig) -> String {
+    format!("{:?}", algorithm.compressor).to_lowercase()
 }
 
 /// To standard output. A reader that went away is no failure.

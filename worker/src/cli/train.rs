@@ -4,14 +4,16 @@ use super::error::CliError;
 use super::metered::{self, MeteredReducer, Pages};
 use super::progress::{Progress, emit};
 use super::stop::Stop;
-use super::{print, start_log};
+use super::{compressor_name, print, start_log};
 use crate::record::{RunSummary, StepRecord};
 use crate::reducer::Reducer;
 use crate::report::{Run, closing_table};
 use crate::session::{NetConfig, NetEvent, QuicReducer};
-use crate::train::{self, LocalReducer, Observer, parameters, use_threads};
+use crate::train::{
+    self, LocalReducer, Observer, TrainConfig, TrainError, parameters, resume_point, use_threads,
+};
 use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs};
-use arc_topk_common::ids::Rank;
+use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::metrics::WorkerMetrics;
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_transport::Identity;
@@ -75,28 +77,33 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
         let bound = metered::serve(address, Arc::clone(&pages))?;
         tracing::info!("metrics at http://{bound}/metrics");
     }
-    let reducer: Box<dyn Reducer> = if shards == 0 {
+    let mut reducer: Box<dyn Reducer> = if shards == 0 {
         Box::new(LocalReducer::new(spec)?)
     } else {
         command.peers.validate()?;
-        Box::new(MeteredReducer::new(
-            QuicReducer::connect(command.net_config()?, spec)?,
-            metrics,
-        ))
+        let session = QuicReducer::connect(command.net_config()?, spec)?;
+        Box::new(MeteredReducer::new(session, metrics))
     };
     stop.end_in_order();
     pages.joined(reducer.rank());
     let rank = usize::from(reducer.rank().0);
-    let name = if shards == 0 { "alone" } else { "worker" };
-    let progress = Progress::new(name, 1, command.train.steps, command.train.json);
+    let config = TrainConfig {
+        name: if shards == 0 {
+            "alone".to_owned()
+        } else {
+            compressor_name(&command.algorithm)
+        },
+        args: command.train.clone(),
+    };
     let mut watch = Watch {
         rank,
-        progress,
+        progress: Progress::new(&config.name, 1, command.train.steps, command.train.json),
         pages,
         stop,
         steps: Vec::new(),
     };
-    let summary = train::run(&command.train, reducer, &mut watch)?;
+    let summary = train::run(&config, reducer.as_mut(), &mut watch)?;
+    reducer.leave();
     watch.progress.finish();
     watch.conclude(&command.train, summary)
 }
@@ -105,7 +112,14 @@ impl TrainCommand {
     fn net_config(&self) -> Result<NetConfig, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
         let identity = Identity::load_files(&ca, &cert, &key)?;
+        // All workers' checkpoints are of one step, so any rank's tells where to start.
+        let mut message = |text: &str| tracing::warn!("{text}");
+        let point = resume_point(&self.train, self.peers.rank.unwrap_or(0), &mut message)
+            .map_err(TrainError::from)?;
+        let (step, update) = point.unwrap_or_default();
         Ok(NetConfig {
+            start_step: Step(step),
+            start_update: update,
             rank: self.peers.rank.map(Rank),
             world: self.peers.workers,
             connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
