@@ -3,7 +3,7 @@
 //!
 //! Every run holds four logical workers in one thread, with the real step and shard machines and no sockets; two runs
 //! go on at a time. Results are appended to `loss_table.jsonl` as they come, and runs that are there already are not
-//! repeated, so the program can be stopped and started again. At the end (or with `--table-only`) it writes
+//! repeated, so the program can be stopped and started again. The first seed tries all rates, the others the best. At the end (or with `--table-only`) it writes
 //! `loss_table.md`, `loss_table.csv` and `loss_curves.csv` beside it.
 
 mod cells;
@@ -15,7 +15,7 @@ use arc_topk_worker::train::{data::Dataset, use_threads};
 use cells::{Cell, default_cells};
 use clap::Parser;
 use job::{RunResult, RunSettings};
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
@@ -46,6 +46,9 @@ struct Cli {
     /// Learning rates of SGD.
     #[arg(long, value_delimiter = ',', default_value = "0.1,0.3,1.0")]
     sgd_rates: Vec<f32>,
+    /// Run every seed at every rate, instead of only the first seed at all and the others at its best.
+    #[arg(long)]
+    all_rates: bool,
     /// Only cells whose name contains one of these texts.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
@@ -87,7 +90,7 @@ fn main() -> Result<(), AnyError> {
     if !cli.table_only {
         train_all(&cli, &cells, &path)?;
     }
-    write_tables(&cli, &names, &read_results(&path)?)
+    write_tables(&cli, &names, &results_of(&cli, &path)?)
 }
 
 /// Batches small enough that a default run takes about half a minute on one core.
@@ -152,36 +155,64 @@ struct Task<'a> {
     seed: u64,
 }
 
+/// The first seed tries every rate; the others then run at each cell's best, unless all rates were asked for.
 fn train_all(cli: &Cli, cells: &[Cell], path: &Path) -> Result<(), AnyError> {
-    let done: HashSet<String> = read_results(path)?.iter().map(RunResult::own_key).collect();
+    let data = Arc::new(Dataset::load(&cli.train)?);
+    println!("{}", data.description());
+    let (first, others) = cli.seeds.split_at(1.min(cli.seeds.len()));
     let mut tasks = Vec::new();
-    for &seed in &cli.seeds {
+    for &seed in if cli.all_rates { &cli.seeds } else { first } {
         for cell in cells {
             let rates = if cell.optimizer == OptimizerChoice::Sgd {
                 &cli.sgd_rates
             } else {
                 &cli.rates
             };
-            for &lr in rates {
-                if !done.contains(&RunResult::key(
-                    &cell.name(),
-                    lr,
-                    seed,
-                    &cli.train,
-                    cli.workers,
-                )) {
-                    tasks.push(Task { cell, lr, seed });
-                }
-            }
+            tasks.extend(rates.iter().map(|&lr| Task { cell, lr, seed }));
         }
     }
-    let data = Arc::new(Dataset::load(&cli.train)?);
-    println!(
-        "{}; {} runs to do, {} done",
-        data.description(),
-        tasks.len(),
-        done.len()
-    );
+    train_tasks(cli, tasks, &data, path)?;
+    if cli.all_rates || others.is_empty() {
+        return Ok(());
+    }
+    let results = results_of(cli, path)?;
+    let tried: Vec<RunResult> = results
+        .into_iter()
+        .filter(|run| first.contains(&run.seed))
+        .collect();
+    let names: Vec<String> = cells.iter().map(Cell::name).collect();
+    let best: HashMap<String, f32> = table::rows(&tried, &names)
+        .iter()
+        .map(|row| (row.cell.to_owned(), row.lr))
+        .collect();
+    let mut tasks = Vec::new();
+    for &seed in others {
+        let known = cells
+            .iter()
+            .filter_map(|cell| Some((cell, *best.get(&cell.name())?)));
+        tasks.extend(known.map(|(cell, lr)| Task { cell, lr, seed }));
+    }
+    train_tasks(cli, tasks, &data, path)
+}
+
+/// Runs what has no result yet, several at a time.
+fn train_tasks(
+    cli: &Cli,
+    mut tasks: Vec<Task<'_>>,
+    data: &Arc<Dataset>,
+    path: &Path,
+) -> Result<(), AnyError> {
+    let done: HashSet<String> = read_results(path)?.iter().map(RunResult::own_key).collect();
+    tasks.retain(|task| {
+        !done.contains(&RunResult::key(
+            &task.cell.name(),
+            task.lr,
+            task.seed,
+            &cli.train,
+            cli.workers,
+        ))
+    });
+    println!("{} runs to do", tasks.len());
     let file = Mutex::new(OpenOptions::new().create(true).append(true).open(path)?);
     let (next, start) = (AtomicUsize::new(0), Instant::now());
     let first_error = Mutex::new(None);
@@ -189,13 +220,13 @@ fn train_all(cli: &Cli, cells: &[Cell], path: &Path) -> Result<(), AnyError> {
         for _ in 0..cli.parallel.max(1) {
             scope.spawn(|| {
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = run_task(cli, task, &data, &file) {
+                    if let Err(error) = run_task(cli, task, data, &file) {
                         *first_error.lock().expect("no holder panics") = Some(error);
                         next.store(tasks.len(), Ordering::Relaxed);
                     }
-                    let done = next.load(Ordering::Relaxed).min(tasks.len());
-                    eprintln!(
-                        "  {done}/{} begun after {:.0} s",
+                    let begun = next.load(Ordering::Relaxed).min(tasks.len());
+                    println!(
+                        "  {begun} of {} begun after {:.0} s",
                         tasks.len(),
                         start.elapsed().as_secs_f64()
                     );
@@ -248,14 +279,22 @@ fn read_results(path: &Path) -> Result<Vec<RunResult>, AnyError> {
     }
 }
 
+/// Results of runs of this length, batch and world.
+fn results_of(cli: &Cli, path: &Path) -> Result<Vec<RunResult>, AnyError> {
+    let ours = (
+        cli.train.steps,
+        cli.train.batch,
+        cli.train.model_shape().context,
+        cli.workers,
+    );
+    let mut results = read_results(path)?;
+    results.retain(|run| (run.steps, run.batch, run.context, run.workers) == ours);
+    Ok(results)
+}
+
 fn write_tables(cli: &Cli, names: &[String], results: &[RunResult]) -> Result<(), AnyError> {
     let context = cli.train.model_shape().context;
-    let same = |run: &&RunResult| {
-        (run.steps, run.batch, run.context, run.workers)
-            == (cli.train.steps, cli.train.batch, context, cli.workers)
-    };
-    let results: Vec<RunResult> = results.iter().filter(same).cloned().collect();
-    let rows = table::rows(&results, names);
+    let rows = table::rows(results, names);
     let header = format!(
         "{} steps, {} workers, batches of {}×{context} tokens each, seeds {:?}; bytes are those of one worker, sketches and headers included.",
         cli.train.steps, cli.workers, cli.train.batch, cli.seeds
@@ -263,7 +302,7 @@ fn write_tables(cli: &Cli, names: &[String], results: &[RunResult]) -> Result<()
     let markdown = table::markdown(&rows, &header);
     print!("{markdown}");
     fs::write(cli.out.join("loss_table.md"), markdown)?;
-    fs::write(cli.out.join("loss_table.csv"), table::csv(&results))?;
+    fs::write(cli.out.join("loss_table.csv"), table::csv(results))?;
     fs::write(cli.out.join("loss_curves.csv"), table::curves(&rows))?;
     Ok(())
 }

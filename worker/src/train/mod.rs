@@ -1,6 +1,6 @@
 //! The built-in trainer: models on candle, data, the loop, checkpoints.
 //!
-//! [`run`] trains one worker with any [`Reducer`]. Everything that decides the result comes from the settings, the
+//! [`run`] trains one worker with any [`Reducer`](crate::reducer::Reducer). Everything that decides the result comes from the settings, the
 //! seed (the plan's) and the step number, so a run can be repeated, and resumed from a checkpoint, to the bit, with
 //! any number of threads. [`Trainer`] is one worker's share without the loop, for programs with a loop of their own.
 
