@@ -47,7 +47,7 @@ impl MeteredReducer {
             wide(stats.captured_energy),
             wide(stats.residual_ratio()),
         );
-        if outcome.step.0 % CONNECTIONS_EVERY == 0 {
+        if outcome.step.0.is_multiple_of(CONNECTIONS_EVERY) {
             for (shard, figures) in self.inner.connections() {
                 let figures = ConnectionFigures {
                     round_trip_seconds: figures.rtt.as_secs_f64(),
