@@ -3,7 +3,7 @@
 
 use super::init::{ParameterSpec, Start};
 use super::ops::{
-    AttentionShape, CausalAttention, CrossEntropy, RmsNorm, RotaryTable, Seed, SwiGlu,
+    AttentionShape, CausalAttention, CrossEntropy, Linear, RmsNorm, RotaryTable, Seed, SwiGlu,
 };
 use super::{Evaluation, Model, ModelError, hand_over};
 use crate::train::data::Batch;
@@ -184,13 +184,13 @@ impl Llama {
             heads: self.config.heads,
             head_dim: self.config.hidden / self.config.heads,
         };
-        let qkv = Self::norm(x, &w[0])?.matmul(&w[1].t()?)?;
+        let qkv = Self::norm(x, &w[0])?.apply_op2(w[1].as_tensor(), Linear)?;
         let attended = qkv.apply_op1(CausalAttention::new(shape, self.table.clone()))?;
-        let x = (x + attended.matmul(&w[2].t()?)?)?;
+        let x = (x + attended.apply_op2(w[2].as_tensor(), Linear)?)?;
         let gated = Self::norm(&x, &w[3])?
-            .matmul(&w[4].t()?)?
+            .apply_op2(w[4].as_tensor(), Linear)?
             .apply_op1(SwiGlu)?;
-        &x + gated.matmul(&w[5].t()?)?
+        &x + gated.apply_op2(w[5].as_tensor(), Linear)?
     }
 
     fn head(&self) -> &Var {
@@ -203,7 +203,7 @@ impl Llama {
 
     fn loss(&self, x: &Tensor, targets: &Arc<Vec<u32>>) -> Result<Tensor> {
         let norm = &self.vars[1 + self.config.layers * PER_LAYER];
-        let logits = Self::norm(x, norm)?.matmul(&self.head().t()?)?;
+        let logits = Self::norm(x, norm)?.apply_op2(self.head().as_tensor(), Linear)?;
         logits.apply_op1(CrossEntropy {
             targets: targets.clone(),
         })

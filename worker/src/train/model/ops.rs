@@ -4,7 +4,8 @@
 //! candle's fused forms have no backward on the CPU, and compositions of its primitives spend more time in
 //! broadcasts than in matrix products. All operations are f32 on the CPU and independent of the number of threads.
 
-use super::math::{dot, exp, for_rows, max, sigmoid, softmax, sum};
+use super::math::{dot, exp_from_top, for_rows, sigmoid_into, softmax};
+use candle_core::backend::BackendStorage;
 use candle_core::{
     CpuStorage, CustomOp1, CustomOp2, Device, Layout, Result, Shape, Storage, Tensor, bail,
 };
@@ -32,6 +33,38 @@ fn contiguous<'a>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [f32]>
 
 fn output(data: Vec<f32>, shape: impl Into<Shape>) -> Result<(CpuStorage, Shape)> {
     Ok((CpuStorage::F32(data), shape.into()))
+}
+
+/// y = x Wᵀ: (rows, in) and (out, in) → (rows, out). candle's product of a transposed matrix would transpose the
+/// gradient of W element by element; here it comes out as W lies.
+pub(super) struct Linear;
+
+impl CustomOp2 for Linear {
+    fn name(&self) -> &'static str {
+        "linear"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let ((rows, inputs), (outputs, _)) = (l1.shape().dims2()?, l2.shape().dims2()?);
+        let y = s1.matmul(s2, (1, rows, outputs, inputs), l1, &l2.transpose(0, 1)?)?;
+        Ok((y, (rows, outputs).into()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        w: &Tensor,
+        _res: &Tensor,
+        grad: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>)> {
+        Ok((Some(grad.matmul(w)?), Some(grad.t()?.matmul(x)?)))
+    }
 }
 
 /// y = w ∘ x / √(mean x² + ε) along the last dimension.
@@ -126,8 +159,9 @@ impl CustomOp1 for SwiGlu {
         let mut y = vec![0f32; rows * width / 2];
         for_rows(&mut y, width / 2, |row, y| {
             let (gate, up) = x[row * width..][..width].split_at(width / 2);
-            for ((y, &gate), &up) in y.iter_mut().zip(gate).zip(up) {
-                *y = gate * sigmoid(gate) * up;
+            sigmoid_into(y, gate);
+            for ((y, gate), up) in y.iter_mut().zip(gate).zip(up) {
+                *y = gate * *y * up;
             }
         });
         output(y, (rows, width / 2))
@@ -143,8 +177,9 @@ impl CustomOp1 for SwiGlu {
                     let (gate, up) = x[row * width..][..width].split_at(half);
                     let (d_gate, d_up) = dx.split_at_mut(half);
                     let dy = &dy[row * half..][..half];
+                    sigmoid_into(d_gate, gate);
                     for i in 0..half {
-                        let s = sigmoid(gate[i]);
+                        let s = d_gate[i];
                         d_up[i] = dy[i] * gate[i] * s;
                         d_gate[i] = dy[i] * up[i] * s * (1.0 + gate[i] * (1.0 - s));
                     }
@@ -412,10 +447,8 @@ impl CustomOp1 for CrossEntropy {
         let mut losses = vec![0f32; rows];
         for_rows(&mut losses, 1, |row, loss| {
             let logits = &logits[row * classes..][..classes];
-            let top = max(logits);
-            let mut exps = logits.to_vec();
-            exps.iter_mut().for_each(|x| *x = exp(*x - top));
-            loss[0] = sum(&exps).ln() + top - logits[self.targets[row] as usize];
+            let (sum, top) = exp_from_top(&mut logits.to_vec());
+            loss[0] = sum.ln() + top - logits[self.targets[row] as usize];
         });
         // In f64: the mean of a validation pass is compared to the bit between runs and must not depend on batch order.
         let mean = losses.iter().map(|&x| f64::from(x)).sum::<f64>() / rows as f64;
