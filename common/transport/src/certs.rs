@@ -16,7 +16,7 @@ use rcgen::{
     ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
 };
 use std::fs;
-use std::io::Write;
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use time::{Duration, OffsetDateTime};
 
@@ -70,83 +70,129 @@ pub struct JobCerts {
     pub worker: PathBuf,
 }
 
+/// Who holds a certificate.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Role {
+    /// A shard: serverAuth, with names.
+    Shard,
+    /// A worker: clientAuth.
+    Worker,
+}
+
+impl Role {
+    /// Directory of its identity.
+    #[must_use]
+    pub fn dir(self) -> &'static str {
+        match self {
+            Self::Shard => SHARD_DIR,
+            Self::Worker => WORKER_DIR,
+        }
+    }
+}
+
 /// Makes CA and identities below `dir`. Keys are readable by their owner alone.
 ///
 /// # Errors
 /// A file exists and `force` is off (nothing is written then), a host name is malformed, or a file cannot
 /// be written.
 pub fn make_job_certs(dir: &Path, request: &CertRequest) -> Result<JobCerts, TransportError> {
+    let authority = Authority::new(request)?;
     let places = JobCerts {
         ca: dir.join(CA_FILE),
         shard: dir.join(SHARD_DIR),
         worker: dir.join(WORKER_DIR),
     };
-    let ca = make_ca(request)?;
-    let shard = make_leaf(request, &ca, SHARD_DIR)?;
-    let worker = make_leaf(request, &ca, WORKER_DIR)?;
     let mut files = vec![
-        (places.ca.clone(), ca.pem(), false),
-        (dir.join(CA_KEY_FILE), ca.key().serialize_pem(), true),
+        File::public(places.ca.clone(), authority.issuer.pem()),
+        File::secret(
+            dir.join(CA_KEY_FILE),
+            authority.issuer.key().serialize_pem(),
+        ),
     ];
-    for (place, (cert, key)) in [(&places.shard, shard), (&places.worker, worker)] {
-        files.push((place.join(CA_FILE), ca.pem(), false));
-        files.push((place.join(CERT_FILE), cert.pem(), false));
-        files.push((place.join(KEY_FILE), key.serialize_pem(), true));
-    }
-    if !request.force
-        && let Some((path, ..)) = files.iter().find(|(path, ..)| path.exists())
-    {
-        return Err(TransportError::Exists { path: path.clone() });
-    }
-    for (path, text, secret) in &files {
-        write(path, text, *secret)?;
-    }
+    files.extend(authority.identity(&places.shard, Role::Shard, request)?);
+    files.extend(authority.identity(&places.worker, Role::Worker, request)?);
+    write_all(&files, request.force)?;
     Ok(places)
 }
 
-fn make_ca(request: &CertRequest) -> Result<CertifiedIssuer<'static, KeyPair>, TransportError> {
-    let failed = |e: rcgen::Error| generate("the CA", &e);
-    let key = KeyPair::generate().map_err(failed)?;
-    let mut params = CertificateParams::new(Vec::new()).map_err(failed)?;
-    // The key's digest in the name: certificates of another CA are then told apart by issuer, which TLS
-    // reports as an unknown authority instead of a damaged signature.
-    let digest = params.key_identifier(&key);
-    let digest: String = digest.iter().take(4).map(|b| format!("{b:02x}")).collect();
-    let name = format!("arc-topk CA {} {digest}", request.job);
-    params.distinguished_name.push(DnType::CommonName, name);
-    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
-    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
-    params.not_before = request.not_before;
-    params.not_after = request.not_after;
-    CertifiedIssuer::self_signed(params, key).map_err(failed)
+/// A job's CA, which can issue further identities as long as it is in memory.
+pub struct Authority {
+    issuer: CertifiedIssuer<'static, KeyPair>,
+}
+
+impl Authority {
+    /// A fresh CA with the request's name and validity.
+    ///
+    /// # Errors
+    /// If the system has no randomness to make a key of.
+    pub fn new(request: &CertRequest) -> Result<Self, TransportError> {
+        let failed = |e: rcgen::Error| generate("the CA", &e);
+        let key = KeyPair::generate().map_err(failed)?;
+        let mut params = CertificateParams::new(Vec::new()).map_err(failed)?;
+        // The key's digest in the name: certificates of another CA are then told apart by issuer, which
+        // TLS reports as an unknown authority instead of a damaged signature.
+        let digest = params.key_identifier(&key);
+        let digest: String = digest.iter().take(4).map(|b| format!("{b:02x}")).collect();
+        let name = format!("arc-topk CA {} {digest}", request.job);
+        params.distinguished_name.push(DnType::CommonName, name);
+        params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+        params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+        params.not_before = request.not_before;
+        params.not_after = request.not_after;
+        let issuer = CertifiedIssuer::self_signed(params, key).map_err(failed)?;
+        Ok(Self { issuer })
+    }
+
+    /// Writes `ca.pem`, `cert.pem` and `key.pem` of one more peer into `dir`, with the request's hosts (for
+    /// shards) and validity.
+    ///
+    /// # Errors
+    /// As [`make_job_certs`].
+    pub fn issue(
+        &self,
+        dir: &Path,
+        role: Role,
+        request: &CertRequest,
+    ) -> Result<(), TransportError> {
+        write_all(&self.identity(dir, role, request)?, request.force)
+    }
+
+    fn identity(
+        &self,
+        dir: &Path,
+        role: Role,
+        request: &CertRequest,
+    ) -> Result<[File; 3], TransportError> {
+        let (cert, key) = make_leaf(request, &self.issuer, role)?;
+        Ok([
+            File::public(dir.join(CA_FILE), self.issuer.pem()),
+            File::public(dir.join(CERT_FILE), cert.pem()),
+            File::secret(dir.join(KEY_FILE), key.serialize_pem()),
+        ])
+    }
 }
 
 fn make_leaf(
     request: &CertRequest,
     ca: &CertifiedIssuer<'static, KeyPair>,
-    role: &str,
+    role: Role,
 ) -> Result<(Certificate, KeyPair), TransportError> {
-    let subject = format!("arc-topk {role} {}", request.job);
+    let subject = format!("arc-topk {} {}", role.dir(), request.job);
     let failed = |e: rcgen::Error| generate(&subject, &e);
-    let (names, usage) = if role == SHARD_DIR {
-        let mut names = request.shard_hosts.clone();
-        for local in LOCAL_NAMES {
-            if !names.iter().any(|name| name == local) {
-                names.push(local.to_owned());
-            }
-        }
-        (names, ExtendedKeyUsagePurpose::ServerAuth)
-    } else {
-        (Vec::new(), ExtendedKeyUsagePurpose::ClientAuth)
+    let (names, usage) = match role {
+        Role::Shard => (
+            shard_names(&request.shard_hosts),
+            ExtendedKeyUsagePurpose::ServerAuth,
+        ),
+        Role::Worker => (Vec::new(), ExtendedKeyUsagePurpose::ClientAuth),
     };
     if let Some(bad) = names.iter().find(|name| !is_host(name)) {
         return Err(generate(&subject, &format!("{bad:?} is not a host")));
     }
     let key = KeyPair::generate().map_err(failed)?;
     let mut params = CertificateParams::new(names).map_err(failed)?;
-    params
-        .distinguished_name
-        .push(DnType::CommonName, subject.clone());
+    let name = &mut params.distinguished_name;
+    name.push(DnType::CommonName, subject.clone());
     params.is_ca = IsCa::ExplicitNoCa;
     params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
     params.extended_key_usages = vec![usage];
@@ -155,6 +201,17 @@ fn make_leaf(
     params.not_after = request.not_after;
     let cert = params.signed_by(&key, ca).map_err(failed)?;
     Ok((cert, key))
+}
+
+fn shard_names(hosts: &[String]) -> Vec<String> {
+    let local = LOCAL_NAMES.map(str::to_owned);
+    let mut names: Vec<String> = Vec::with_capacity(hosts.len() + local.len());
+    for name in hosts.iter().cloned().chain(local) {
+        if !names.contains(&name) {
+            names.push(name);
+        }
+    }
+    names
 }
 
 fn is_host(name: &str) -> bool {
@@ -168,17 +225,53 @@ fn generate(subject: &str, problem: &dyn std::fmt::Display) -> TransportError {
     }
 }
 
-fn write(path: &Path, text: &str, secret: bool) -> Result<(), TransportError> {
-    let failed = |e: std::io::Error| TransportError::Write {
-        path: path.to_owned(),
-        problem: e.to_string(),
-    };
-    if let Some(parent) = path.parent() {
-        fs::create_dir_all(parent).map_err(failed)?;
+/// A file to write.
+struct File {
+    path: PathBuf,
+    text: String,
+    secret: bool,
+}
+
+impl File {
+    fn public(path: PathBuf, text: String) -> Self {
+        Self {
+            path,
+            text,
+            secret: false,
+        }
+    }
+
+    fn secret(path: PathBuf, text: String) -> Self {
+        Self {
+            path,
+            text,
+            secret: true,
+        }
+    }
+}
+
+/// All or, if one exists and may not be replaced, none.
+fn write_all(files: &[File], force: bool) -> Result<(), TransportError> {
+    if !force && let Some(file) = files.iter().find(|file| file.path.exists()) {
+        return Err(TransportError::Exists {
+            path: file.path.clone(),
+        });
+    }
+    files.iter().try_for_each(|file| {
+        write(file).map_err(|e| TransportError::Write {
+            path: file.path.clone(),
+            problem: e.to_string(),
+        })
+    })
+}
+
+fn write(file: &File) -> io::Result<()> {
+    if let Some(parent) = file.path.parent() {
+        fs::create_dir_all(parent)?;
     }
     // A file made anew gets its mode before its content; one left over might be open to others.
-    match fs::remove_file(path) {
-        Err(e) if e.kind() != std::io::ErrorKind::NotFound => return Err(failed(e)),
+    match fs::remove_file(&file.path) {
+        Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
     let mut options = fs::OpenOptions::new();
@@ -186,8 +279,7 @@ fn write(path: &Path, text: &str, secret: bool) -> Result<(), TransportError> {
     #[cfg(unix)]
     {
         use std::os::unix::fs::OpenOptionsExt;
-        options.mode(if secret { 0o600 } else { 0o644 });
+        options.mode(if file.secret { 0o600 } else { 0o644 });
     }
-    let mut file = options.open(path).map_err(failed)?;
-    file.write_all(text.as_bytes()).map_err(failed)
+    options.open(&file.path)?.write_all(file.text.as_bytes())
 }

@@ -178,10 +178,9 @@ async fn write_control(
     while let Some(outgoing) = queue.recv().await {
         match outgoing {
             Outgoing::Message(message) => {
-                // A connection that ended is noticed where streams are accepted.
-                if sender.send(&message).await.is_err() {
-                    return;
-                }
+                // A peer that takes no messages is still to see the close's code and text; a connection
+                // that ended is noticed where streams are accepted.
+                let _not_taken = sender.send(&message).await;
             }
             Outgoing::Close(code, detail) => {
                 // The refusal's text first; a peer that does not take it gets the close alone.
