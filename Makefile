@@ -79,6 +79,11 @@ data: ## fetch the public data sets into .data (or ARC_DATA)
 bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
 	$(CARGO) bench --locked --workspace $(ARGS)
 
+.PHONY: bench-loss
+bench-loss: ## losses by compressor, feedback, optimizer, density and wire type (about an hour; goes on where it stopped)
+	@$(PYTHON) worker/data/fetch.py shakespeare
+	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
+
 .PHONY: clean-tools
 clean-tools:
 	rm -rf '$(TOOLS)'
