@@ -4,7 +4,11 @@ use super::error::{CliError, INTERRUPTED};
 use std::io;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use tokio::signal::unix::{Signal, SignalKind, signal};
+
+/// Signals closer together are one request.
+const ONE_REQUEST: Duration = Duration::from_secs(1);
 
 /// Whether this process was asked to stop.
 #[derive(Clone, Debug, Default)]
@@ -76,6 +80,7 @@ impl Stop {
 pub(super) struct Signals {
     interrupt: Signal,
     terminate: Signal,
+    last: Option<Instant>,
 }
 
 impl Signals {
@@ -84,14 +89,26 @@ impl Signals {
         Ok(Self {
             interrupt: signal(SignalKind::interrupt())?,
             terminate: signal(SignalKind::terminate())?,
+            last: None,
         })
     }
 
-    /// Waits for the next one.
+    /// Waits for the next one. Those that come within a second of the last are the same request: `timeout`, for one,
+    /// signals a process and then its whole group.
     pub(super) async fn next(&mut self) {
-        tokio::select! {
-            _ = self.interrupt.recv() => {}
-            _ = self.terminate.recv() => {}
+        loop {
+            tokio::select! {
+                _ = self.interrupt.recv() => {}
+                _ = self.terminate.recv() => {}
+            }
+            let now = Instant::now();
+            if self
+                .last
+                .replace(now)
+                .is_none_or(|last| now - last > ONE_REQUEST)
+            {
+                return;
+            }
         }
     }
 }

@@ -29,6 +29,21 @@ pub fn seconds(value: f64) -> String {
     }
 }
 
+/// Seconds as a clock shows them, for axes: `0:50`, `4:10`, `1:02:00`.
+#[must_use]
+pub fn clock(value: f64) -> String {
+    if !value.is_finite() || value < 0.0 {
+        return String::new();
+    }
+    let whole = value.round() as u64;
+    let (hours, minutes, seconds) = (whole / 3600, whole % 3600 / 60, whole % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
+}
+
 /// A share below one as `1/26`, above as `1.02×`; 0 or not finite as a dash.
 #[must_use]
 pub fn ratio(value: f64) -> String {
@@ -101,6 +116,10 @@ mod tests {
         assert_eq!(seconds(12.34), "12.3 s");
         assert_eq!(seconds(245.0), "4 min 05 s");
         assert_eq!(seconds(7800.0), "2 h 10 min");
+        assert_eq!(
+            (clock(50.2), clock(3720.0)),
+            ("0:50".into(), "1:02:00".into())
+        );
         assert_eq!(ratio(1.0 / 26.4), "1/26.4");
         assert_eq!(ratio(1.0), "1×");
         assert_eq!(rate(1e9), "1 Gbit/s");

@@ -205,9 +205,9 @@ fn plots(runs: &[Run]) -> Vec<(Plot<'static>, &'static str)> {
             loss_plot(
                 runs,
                 "Loss against time, measured",
-                "time on this machine",
+                "time on this machine, min:s",
                 false,
-                format::seconds,
+                format::clock,
                 measured,
             ),
             "over whatever links this run had",
@@ -216,9 +216,9 @@ fn plots(runs: &[Run]) -> Vec<(Plot<'static>, &'static str)> {
             loss_plot(
                 runs,
                 "Loss against time, predicted at 100 Mbit/s",
-                "time, log scale",
-                true,
-                format::seconds,
+                "time, min:s",
+                false,
+                format::clock,
                 predicted,
             ),
             "compute as measured, every worker and shard behind a link of its own",
@@ -275,9 +275,11 @@ fn loss_plot(
     progress: Progress,
 ) -> Plot<'static> {
     let mut series = Vec::new();
+    let ceiling = loss_ceiling(runs);
     for (colour, run) in runs.iter().enumerate() {
         let x = progress(run);
-        let points = x.iter().copied().zip(smooth(&run.steps)).collect();
+        let points = x.iter().copied().zip(smooth(&run.steps));
+        let points = points.filter(|(_, loss)| *loss <= ceiling).collect();
         series.push(Series {
             colour,
             stroke: Stroke::Pale,
@@ -340,6 +342,22 @@ fn step_plot(
         x_tick: format::count,
         y_tick,
         series,
+    }
+}
+
+/// Training losses above this are not drawn: the first steps of a run would flatten all that differs between runs.
+fn loss_ceiling(runs: &[Run]) -> f64 {
+    let validated = || {
+        runs.iter()
+            .flat_map(|run| run.validations().map(|(_, loss)| f64::from(loss)))
+    };
+    let (low, high) = validated().fold((f64::INFINITY, 0.0), |(low, high), loss| {
+        (loss.min(low), loss.max(high))
+    });
+    if validated().count() > runs.len() {
+        high + 0.5 * (high - low)
+    } else {
+        f64::INFINITY
     }
 }
 

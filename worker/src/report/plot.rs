@@ -124,11 +124,11 @@ impl Plot<'_> {
         let area = SVGBackend::with_string(svg, SIZE).into_drawing_area();
         let mut chart = ChartBuilder::on(&area)
             .margin(8)
-            .margin_right(24)
-            .x_label_area_size(44)
-            .y_label_area_size(72)
+            .margin_right(40)
+            .x_label_area_size(50)
+            .y_label_area_size(80)
             .build_cartesian_2d(x, y)?;
-        let label = ("sans-serif", 15).into_font().color(&INK);
+        let label = ("sans-serif", 17).into_font().color(&INK);
         chart
             .configure_mesh()
             .light_line_style(TRANSPARENT)
@@ -136,7 +136,7 @@ impl Plot<'_> {
             .axis_style(INK)
             .label_style(label.clone())
             .axis_desc_style(label)
-            .x_labels(7)
+            .x_labels(6)
             .y_labels(6)
             .x_desc(self.x_label)
             .y_desc(self.y_label)
@@ -146,7 +146,7 @@ impl Plot<'_> {
         for one in series {
             let colour = SERIES[one.colour % SERIES.len()];
             let style = match one.stroke {
-                Stroke::Pale => colour.mix(0.3).stroke_width(1),
+                Stroke::Pale => colour.mix(0.5).stroke_width(1),
                 Stroke::Line | Stroke::Dotted => colour.stroke_width(2),
             };
             chart.draw_series(LineSeries::new(one.points.iter().copied(), style))?;
@@ -166,8 +166,10 @@ fn span(values: impl Iterator<Item = f64>, log: bool, from_zero: bool) -> Range<
         (low.min(v), high.max(v))
     });
     if log {
-        let factor = (high / low).powf(0.05).max(1.1);
-        return low / factor..high * factor;
+        // Whole decades: ticks stand at powers of ten, and a range with one tick tells nothing.
+        let decade = |value: f64, round: fn(f64) -> f64| 10f64.powf(round(value.log10()));
+        let (low, high) = (decade(low, f64::floor), decade(high, f64::ceil));
+        return low..high.max(low * 10.0);
     }
     let low = if from_zero { low.min(0.0) } else { low };
     let margin = if high > low {

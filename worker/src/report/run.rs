@@ -127,17 +127,26 @@ impl Run {
         [known[0], known[1], known[2], rest]
     }
 
-    /// Predicted seconds of every step, were every worker and every shard behind a link of its own at this rate.
+    /// Predicted seconds that every step needs the links for, were every worker and every shard behind a link of its
+    /// own at this rate: the busiest direction of the busiest link decides.
     ///
-    /// The model is that of [`arc_topk_common::plan::predict`] with separate shards and a short round trip: a step takes
-    /// its local work as measured, and what the busiest direction of the busiest link needs.
-    pub fn predicted_step_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
+    /// The model is that of [`arc_topk_common::plan::predict`] with separate shards and a short round trip.
+    pub fn predicted_link_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
         let per_shard = f64::from(self.summary.workers) / f64::from(self.summary.shards.max(1));
         self.steps.iter().map(move |record| {
-            let local = f64::from(record.compute_seconds) + f64::from(record.compress_seconds);
             let bytes = record.bytes_sent.max(record.bytes_received) as f64 * per_shard.max(1.0);
-            local + 8.0 * bytes / bits_per_second
+            8.0 * bytes / bits_per_second
         })
+    }
+
+    /// Predicted seconds of every step: its local work as measured, and [`Run::predicted_link_seconds`].
+    pub fn predicted_step_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
+        let local = |r: &StepRecord| f64::from(r.compute_seconds) + f64::from(r.compress_seconds);
+        let link = self.predicted_link_seconds(bits_per_second);
+        self.steps
+            .iter()
+            .zip(link)
+            .map(move |(record, link)| local(record) + link)
     }
 
     /// Steps and validation losses, in order.

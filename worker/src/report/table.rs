@@ -82,8 +82,15 @@ pub(super) fn rows(runs: &[Run]) -> Vec<(String, Vec<String>)> {
         each(&|run| run.step_seconds().map(format::seconds)),
     );
     for rate in PREDICTED_RATES {
-        let label = format!("whole run at {}, predicted", format::rate(rate));
-        add(&label, predictions(runs, rate));
+        let label = |what: &str| format!("{what} at {}, predicted", format::rate(rate));
+        add(
+            &label("communication"),
+            each(&|run| {
+                let seconds = run.predicted_link_seconds(rate).sum();
+                (!run.steps.is_empty()).then(|| format::seconds(seconds))
+            }),
+        );
+        add(&label("whole run"), predictions(runs, rate));
     }
     rows
 }
