@@ -14,6 +14,7 @@ use std::ffi::OsString;
 use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::Duration;
 
 /// One shard of arc-topk's parameter server.
 ///
@@ -40,6 +41,9 @@ struct ReadyArgs {
     /// End when standard input ends, as it does when the process that started this one dies.
     #[arg(long, hide = true)]
     until_stdin_ends: bool,
+    /// Handle every frame after a random delay of up to so many milliseconds. For tests.
+    #[arg(long, hide = true, value_name = "MS", default_value_t = 0)]
+    chaos_delay_ms: u64,
 }
 
 const SERVE_EXAMPLES: &str = "\
@@ -212,6 +216,7 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
             min_workers: command.shard.min_workers,
         },
         timeouts: Timeouts::default(),
+        chaos_delay: Duration::from_millis(command.ready.chaos_delay_ms),
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

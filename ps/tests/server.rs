@@ -47,6 +47,7 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
             world,
             min_workers: 1,
         },
+        chaos_delay: Duration::ZERO,
         timeouts: Timeouts {
             hello: quick,
             header: quick,

@@ -81,6 +81,8 @@ pub struct ServeOptions {
     pub shard: ShardConfig,
     /// Patience with peers.
     pub timeouts: Timeouts,
+    /// Every frame waits a random time up to this before it is handled. Zero but in tests.
+    pub chaos_delay: Duration,
 }
 
 /// Why a server cannot start. Every text names cause and remedy.
@@ -120,6 +122,7 @@ pub(crate) struct Hub {
     next_session: AtomicU64,
     sessions_limit: usize,
     timeouts: Timeouts,
+    chaos_delay: Duration,
     metrics: ShardMetrics,
 }
 
@@ -215,6 +218,7 @@ impl Server {
             next_session: AtomicU64::new(1),
             sessions_limit: 2 * usize::from(options.shard.world) + 64,
             timeouts: options.timeouts,
+            chaos_delay: options.chaos_delay,
             metrics: ShardMetrics::new(),
         });
         owner::spawn(Shard::new(options.shard), queue, hub.clone()).map_err(system("a thread"))?;

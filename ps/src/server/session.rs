@@ -11,6 +11,8 @@ use arc_topk_transport::{
 };
 use core::sync::atomic::{AtomicU32, Ordering};
 use core::time::Duration;
+use std::collections::hash_map::RandomState;
+use std::hash::BuildHasher;
 use std::sync::Arc;
 use tokio::sync::mpsc;
 use tokio::task::JoinSet;
@@ -271,6 +273,7 @@ async fn round_stream(
             Ok(frame) => frame,
             Err(fault) => return faulty(&hub, id, &fault).await,
         };
+        wait_at_random(hub.chaos_delay).await;
         let key = (id, header.step, header.bucket);
         match &registration {
             None => {
@@ -300,6 +303,14 @@ async fn round_stream(
             let _stopped = send.finish();
             return;
         }
+    }
+}
+
+/// Shuffles the order in which frames of different streams are handled.
+async fn wait_at_random(most: Duration) {
+    if !most.is_zero() {
+        let random = RandomState::new().hash_one(()) as f64 / u64::MAX as f64;
+        tokio::time::sleep(most.mul_f64(random)).await;
     }
 }
 

@@ -88,6 +88,7 @@ impl Job {
                 world: self.world,
                 min_workers: 1,
             },
+            chaos_delay: Duration::ZERO,
             timeouts: Timeouts {
                 hello: patience,
                 header: patience,
