@@ -86,10 +86,9 @@ impl FromStr for Rate {
 
     fn from_str(text: &str) -> Result<Self, String> {
         let lower = text.to_ascii_lowercase();
-        let bare = lower
-            .trim_end_matches("/s")
-            .trim_end_matches("ps")
-            .trim_end_matches("bit");
+        // "2.5gbps" is short for "2.5gbit/s".
+        let bare = lower.trim_end_matches("/s").trim_end_matches("bit");
+        let bare = bare.strip_suffix("bps").unwrap_or(bare);
         let units = [("k", 1e3), ("m", 1e6), ("g", 1e9), ("t", 1e12)];
         let (number, unit) = units
             .iter()

@@ -9,7 +9,7 @@
 //! | [`table`] | the closing table |
 //! | [`plot`] | one SVG plot from series of points |
 //! | [`html`] | the page |
-//! | [`format`] | bytes, seconds and ratios for people |
+//! | [`mod@format`] | bytes, seconds and ratios for people |
 
 pub mod format;
 pub mod html;
