@@ -112,37 +112,35 @@ fn evaluation_agrees_with_training_loss() {
     );
 }
 
+/// Positions that follow change nothing: the first three losses are those of the window cut after them.
 #[test]
 fn attention_is_causal() {
     let model = Llama::new(SMALL, 6, 1).unwrap();
-    let one = |inputs: [u32; 6]| {
+    let loss = |inputs: &[u32], targets: &[u32]| {
         let batch = Batch::Tokens {
             inputs: inputs.to_vec(),
-            targets: vec![0; 6],
+            targets: targets.to_vec(),
             windows: 1,
         };
-        gradients(&model, &batch)
+        model.evaluate(&batch).unwrap().loss * inputs.len() as f32
     };
-    // Only the embedding row of the last token differs in its use; earlier positions' losses cannot see it.
-    let short = Batch::Tokens {
-        inputs: vec![1, 2, 3],
-        targets: vec![4, 5, 6],
-        windows: 1,
+    // Two sets of targets that differ in the first three alone: the other losses cancel.
+    let first_three = |rest: [u32; 3]| {
+        let inputs = [&[1, 2, 3][..], &rest].concat();
+        loss(&inputs, &[4, 5, 6, 1, 1, 1]) - loss(&inputs, &[7, 8, 9, 1, 1, 1])
     };
-    let long = Batch::Tokens {
-        inputs: vec![1, 2, 3, 9, 9, 9],
-        targets: vec![4, 5, 6, 4, 5, 6],
-        windows: 1,
-    };
-    let longer = Batch::Tokens {
-        inputs: vec![1, 2, 3, 8, 7, 6],
-        targets: vec![4, 5, 6, 4, 5, 6],
-        windows: 1,
-    };
-    let loss = |batch: &Batch| model.evaluate(batch).unwrap().loss;
-    assert_ne!(loss(&long), loss(&longer));
-    assert!(loss(&short).is_finite());
-    assert_eq!(one([1; 6]).len(), model.specs().len());
+    let cut = loss(&[1, 2, 3], &[4, 5, 6]) - loss(&[1, 2, 3], &[7, 8, 9]);
+    assert!(cut.abs() > 0.01, "{cut}");
+    for rest in [[9, 9, 9], [8, 7, 6], [0, 1, 2]] {
+        assert!(
+            (first_three(rest) - cut).abs() < 1e-4,
+            "{rest:?}: {} against {cut}",
+            first_three(rest)
+        );
+    }
+    // What came before does matter.
+    let changed = loss(&[8, 2, 3], &[4, 5, 6]) - loss(&[8, 2, 3], &[7, 8, 9]);
+    assert!((changed - cut).abs() > 1e-3, "{changed} against {cut}");
 }
 
 #[test]
