@@ -107,40 +107,61 @@ fn lower(value: impl core::fmt::Debug) -> String {
     format!("{value:?}").to_lowercase()
 }
 
-/// The default cells, the most telling first.
+/// The default cells, the most telling first: each setting varied by itself, then the combinations that promise most.
 pub(crate) fn default_cells() -> Vec<Cell> {
     use OptimizerChoice::{AdamW, CatchUpAdamW, Sgd};
     use ValueType::{Bf16, F32, Int4, Int8};
     let int4 = |density| Cell::sparse(density, Int4, CatchUpAdamW);
-    let mut cells = vec![Cell::dense(AdamW), int4(0.2), int4(0.4)];
-    for density in [0.4, 0.2, 0.05, 0.02] {
-        for value_type in [Int4, Bf16] {
-            cells.extend(
-                [CatchUpAdamW, AdamW].map(|optimizer| Cell::sparse(density, value_type, optimizer)),
-            );
-        }
+    let mut cells = vec![Cell::dense(AdamW)];
+    for density in [0.2, 0.4, 0.05, 0.02] {
+        cells.push(int4(density));
+        cells.push(Cell::sparse(density, Int4, AdamW));
+        cells.push(Cell::sparse(density, Bf16, CatchUpAdamW));
     }
+    let pooled = |a: &mut AlgorithmConfig| a.selection = SelectionPolicy::Pooled;
+    cells.extend([0.2, 0.05].map(|density| int4(density).with(pooled)));
     cells.extend([0.2, 0.05].map(|density| Cell {
         cap: 8,
         ..int4(density)
     }));
+    // Sketches that cost less, so that a density of 0.2 stays under a thirtieth of the bytes.
+    let frugal = |a: &mut AlgorithmConfig| a.wire_sketch = Int8;
+    cells.push(int4(0.2).with(frugal));
+    cells.push(int4(0.2).with(frugal).with(pooled));
+    cells.extend([1, 8].map(|rank| int4(0.2).with(|a| a.sketch_rank = rank)));
+    cells.extend([64, 512].map(|width| int4(0.2).with(|a| a.block_width = width)));
+    cells.push(
+        int4(0.2)
+            .with(frugal)
+            .with(|a| (a.block_width, a.sketch_rank) = (64, 1)),
+    );
+    cells.extend([0, 10].map(|updates| int4(0.2).with(|a| a.warmup_updates = updates)));
+    cells.push(int4(0.05).with(|a| a.feedback_decay = 0.95));
     let rules = [Feedback::None, Feedback::Ef21, Feedback::Ef21m];
     cells.extend(rules.map(|rule| int4(0.2).with(|a| a.feedback = rule)));
     let others = [Compressor::Randk, Compressor::Topk];
     cells.extend(others.map(|other| int4(0.2).with(|a| a.compressor = other)));
-    cells.extend(
-        [0.2, 0.05].map(|density| int4(density).with(|a| a.selection = SelectionPolicy::Pooled)),
-    );
-    cells.extend([64, 512].map(|width| int4(0.2).with(|a| a.block_width = width)));
-    cells.extend([1, 8].map(|rank| int4(0.2).with(|a| a.sketch_rank = rank)));
+    cells.push(Cell::sparse(0.2, Int8, CatchUpAdamW));
     cells.push(int4(0.2).with(|a| a.wire_down = Int8));
-    cells.push(int4(0.2).with(|a| a.wire_sketch = Int8));
-    cells.extend([Cell::dense(Sgd), Cell::sparse(0.05, F32, Sgd)]);
-    let mut seen = Vec::new();
-    cells.retain(|cell| {
-        let new = !seen.contains(&cell.name());
-        seen.push(cell.name());
-        new
-    });
+    cells.extend([Cell::dense(Sgd), Cell::sparse(0.2, F32, Sgd)]);
     cells
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn cells_are_valid_and_told_apart_by_name() {
+        let cells = default_cells();
+        let mut names: Vec<String> = cells.iter().map(Cell::name).collect();
+        for cell in &cells {
+            cell.algorithm
+                .validate()
+                .expect("a cell of the table is valid");
+        }
+        names.sort();
+        names.dedup();
+        assert_eq!(names.len(), cells.len());
+    }
 }

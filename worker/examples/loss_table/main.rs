@@ -52,6 +52,9 @@ struct Cli {
     /// Only cells whose name contains one of these texts.
     #[arg(long, value_delimiter = ',')]
     only: Vec<String>,
+    /// Only cells of these names, whole.
+    #[arg(long, value_delimiter = ',', conflicts_with = "only")]
+    cells: Vec<String>,
     /// A look that takes minutes: 60 steps, one seed, one rate.
     #[arg(long)]
     quick: bool,
@@ -93,7 +96,7 @@ fn main() -> Result<(), AnyError> {
     write_tables(&cli, &names, &results_of(&cli, &path)?)
 }
 
-/// Batches small enough that a default run takes about half a minute on one core.
+/// Runs short enough, of batches small enough, that one takes about half a minute of one core.
 fn settle(cli: &mut Cli) -> Result<(), AnyError> {
     let defaults = std::env::args().collect::<Vec<_>>();
     let given = |flag: &str| {
@@ -104,6 +107,9 @@ fn settle(cli: &mut Cli) -> Result<(), AnyError> {
     if !given("--batch") {
         cli.train.batch = 4;
     }
+    if !given("--steps") {
+        cli.train.steps = if cli.quick { 60 } else { 200 };
+    }
     if !given("--context") {
         cli.train.context = Some(64);
     }
@@ -111,11 +117,6 @@ fn settle(cli: &mut Cli) -> Result<(), AnyError> {
         cli.train.validate_batches = 32;
     }
     if cli.quick {
-        cli.train.steps = if given("--steps") {
-            cli.train.steps
-        } else {
-            60
-        };
         cli.seeds.truncate(1);
         cli.rates = vec![cli.rates[cli.rates.len() / 2]];
         cli.sgd_rates = vec![cli.sgd_rates[cli.sgd_rates.len() / 2]];
@@ -135,11 +136,9 @@ fn settle(cli: &mut Cli) -> Result<(), AnyError> {
 fn chosen_cells(cli: &Cli) -> Vec<Cell> {
     let mut cells = default_cells();
     cells.retain(|cell| {
-        cli.only.is_empty()
-            || cli
-                .only
-                .iter()
-                .any(|text| cell.name().contains(text.as_str()))
+        let name = cell.name();
+        let part = cli.only.is_empty() || cli.only.iter().any(|text| name.contains(text.as_str()));
+        part && (cli.cells.is_empty() || cli.cells.contains(&name))
     });
     if let Some(updates) = cli.warmup_updates {
         cells

@@ -1,6 +1,6 @@
 //! Joining: shard 0 first, which gives the rank, then all others at once.
 
-use super::{ConnectError, NetConfig, NetEvent};
+use super::{CLOSE_TIMEOUT, ConnectError, NetConfig, NetEvent};
 use arc_topk_common::ids::ShardId;
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{Control, Hello, PROTOCOL_VERSION, RefusalCode, Welcome};
@@ -141,6 +141,9 @@ async fn attempt(
     let welcome = await_welcome(config, shard, address, &mut control).await;
     if welcome.is_err() {
         connection.close(VarInt::from_u32(0), b"gave up joining");
+        // The close frame goes out only while the endpoint lives.
+        let _lost_shard_never_answers =
+            tokio::time::timeout(CLOSE_TIMEOUT, endpoint.wait_idle()).await;
     }
     let joined = Joined {
         shard,

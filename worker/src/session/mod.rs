@@ -45,10 +45,13 @@ use arc_topk_transport::{
 use link::{ControlOut, Link};
 use shared::Shared;
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use tokio::runtime::Runtime;
+
+/// How long a closing session waits for its close frames to be taken. A lost shard never takes them.
+const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 /// What a session tells about itself while it runs.
 #[derive(Clone, PartialEq, Debug)]
@@ -181,7 +184,7 @@ struct Peer {
     shard: ShardId,
     connection: Connection,
     /// Drives the connection's socket.
-    _endpoint: Endpoint,
+    endpoint: Endpoint,
 }
 
 /// Sums over the session, for reports.
@@ -269,7 +272,7 @@ impl QuicReducer {
             peers.push(Peer {
                 shard: joined.shard,
                 connection: joined.connection,
-                _endpoint: joined.endpoint,
+                endpoint: joined.endpoint,
             });
         }
         let engine = engine::spawn(&plan, Arc::clone(&shared), links, runtime.handle().clone())
@@ -347,8 +350,18 @@ impl QuicReducer {
             let _panicked_already_reported = engine.join();
         }
         if let Some(runtime) = self.runtime.take() {
-            // Lets the close frames go out; not for longer, since a lost shard never acknowledges.
-            runtime.shutdown_timeout(Duration::from_millis(50));
+            let endpoints: Vec<Endpoint> = self.peers.drain(..).map(|peer| peer.endpoint).collect();
+            let (closed, all_closed) = mpsc::channel();
+            // Not `block_on`: whoever drops this may do so inside a runtime of his own.
+            runtime.spawn(async move {
+                for endpoint in endpoints {
+                    endpoint.wait_idle().await;
+                }
+                // Too late is no failure.
+                let _late = closed.send(());
+            });
+            let _lost_shard_never_answers = all_closed.recv_timeout(CLOSE_TIMEOUT);
+            runtime.shutdown_background();
         }
     }
 }
