@@ -1,0 +1,130 @@
+//! Processes that are killed for real.
+
+use super::{Job, Said, digest, local_of, summary};
+use serde_json::Value;
+use std::io::{BufRead, BufReader, Read};
+use std::path::Path;
+use std::process::ChildStdout;
+
+/// Reads the job's JSON lines until `rank` has done `step`.
+fn await_step(lines: &mut BufReader<ChildStdout>, rank: u64, step: u64) {
+    let mut line = String::new();
+    while lines.read_line(&mut line).unwrap() > 0 {
+        let event: Value = serde_json::from_str(&line).unwrap();
+        if event["event"] == "step" && event["rank"] == rank && event["step"] == step {
+            return;
+        }
+        line.clear();
+    }
+    panic!("the job ended before rank {rank} did step {step}");
+}
+
+/// Lets the job run to its end. Exit status and standard error.
+fn end(mut job: Job, mut lines: BufReader<ChildStdout>) -> Said {
+    let mut error = String::new();
+    std::io::copy(&mut lines, &mut std::io::sink()).unwrap();
+    job.0
+        .stderr
+        .take()
+        .unwrap()
+        .read_to_string(&mut error)
+        .unwrap();
+    let code = job.0.wait().unwrap().code();
+    Said {
+        code,
+        out: String::new(),
+        error,
+    }
+}
+
+fn checkpoints_of(dir: &Path, rank: u64) -> Vec<String> {
+    let listing = std::fs::read_dir(dir.join(format!("rank-{rank}"))).unwrap();
+    let mut names: Vec<String> = listing
+        .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+        .collect();
+    names.sort();
+    names
+}
+
+/// Three workers with checkpoints, long enough to be disturbed.
+fn start(runs: &Path, checkpoints: &Path) -> (Job, BufReader<ChildStdout>) {
+    let mut command = local_of(3, runs);
+    command.args(["--steps", "300", "--json", "--threads", "1"]);
+    command.args([
+        "--chaos-delay-ms",
+        "3",
+        "--checkpoint-every",
+        "100",
+        "--checkpoint-dir",
+    ]);
+    let mut job = Job::start(command.arg(checkpoints));
+    let lines = BufReader::new(job.0.stdout.take().unwrap());
+    (job, lines)
+}
+
+#[test]
+fn the_others_finish_when_a_worker_is_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, checkpoints) = (dir.path().join("runs"), dir.path().join("checkpoints"));
+    let (job, mut lines) = start(&runs, &checkpoints);
+    await_step(&mut lines, 1, 110);
+    Job::signal(job.process(&[" train ", "--rank=1 "]), "-KILL");
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(1), "{}", said.error);
+    assert!(
+        said.error.contains("worker 1 ended with signal: 9"),
+        "{}",
+        said.error
+    );
+    for rank in [0, 2] {
+        assert_eq!(summary(&runs, rank)["steps"], 300);
+    }
+    assert_eq!(digest(&runs, 0), digest(&runs, 2));
+    assert!(!runs.join("worker-1/summary.json").exists());
+    // What the lost one had written is whole, and nobody else's is missing.
+    assert_eq!(
+        checkpoints_of(&checkpoints, 1),
+        ["step-00000100.safetensors"]
+    );
+    for rank in [0, 2] {
+        let kept = ["step-00000200.safetensors", "step-00000300.safetensors"];
+        assert_eq!(checkpoints_of(&checkpoints, rank), kept);
+    }
+}
+
+#[test]
+fn workers_stop_with_the_cause_when_a_shard_is_killed() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, checkpoints) = (dir.path().join("runs"), dir.path().join("checkpoints"));
+    let (job, mut lines) = start(&runs, &checkpoints);
+    await_step(&mut lines, 0, 110);
+    Job::signal(job.process(&[" ps ", "--shard=1 "]), "-KILL");
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(1), "{}", said.error);
+    assert!(said.error.contains("shard 1"), "{}", said.error);
+    for rank in 0..3 {
+        assert_eq!(
+            checkpoints_of(&checkpoints, rank),
+            ["step-00000100.safetensors"]
+        );
+    }
+}
+
+#[test]
+fn a_signal_ends_the_job_in_order() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, checkpoints) = (dir.path().join("runs"), dir.path().join("checkpoints"));
+    let (job, mut lines) = start(&runs, &checkpoints);
+    await_step(&mut lines, 0, 110);
+    let shard = job.process(&[" ps ", "--shard=0 "]);
+    Job::signal(job.0.id(), "-TERM");
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(130), "{}", said.error);
+    assert!(!Path::new(&format!("/proc/{shard}")).exists());
+    for rank in 0..3 {
+        let kept = checkpoints_of(&checkpoints, rank as u64);
+        assert_eq!(kept.len(), 2, "{kept:?}");
+        assert_eq!(kept[0], "step-00000100.safetensors");
+        assert!(summary(&runs, rank)["steps"].as_u64().unwrap() > 110);
+    }
+}
