@@ -32,9 +32,12 @@ pub struct StepRecord {
     pub tokens: u64,
     /// Seconds of the whole step.
     pub step_seconds: f32,
-    /// Seconds of forward, backward and optimizer.
+    /// Seconds of forward and backward.
     pub compute_seconds: f32,
-    /// Seconds of sketching, gathering and committing.
+    /// Seconds of clipping and of the optimizer.
+    pub update_seconds: f32,
+    /// Seconds of sketching, gathering and committing. A session does this beside the trainer, so they overlap
+    /// `compute_seconds` and `wait_seconds`.
     pub compress_seconds: f32,
     /// Seconds in which the trainer waited for communication after its last gradient was ready.
     pub wait_seconds: f32,
@@ -44,7 +47,8 @@ pub struct StepRecord {
     pub bytes_received: u64,
     /// Bytes that dense f32 would have sent, one direction.
     pub dense_equivalent_bytes: u64,
-    /// Share of the sketch's energy that the chosen rows hold; `None` in dense rounds.
+    /// Share of the energy of what this worker compressed (gradient and residual) that the chosen rows hold, in the
+    /// steps that measured it.
     pub captured_energy: Option<f32>,
     /// Share of the elements that travelled.
     pub density: f32,
@@ -90,8 +94,10 @@ pub struct RunSummary {
     pub tokens: u64,
     /// Seconds of all steps.
     pub total_seconds: f64,
-    /// Seconds of forward, backward and optimizer.
+    /// Seconds of forward and backward.
     pub compute_seconds: f64,
+    /// Seconds of clipping and of the optimizer.
+    pub update_seconds: f64,
     /// Seconds of sketching, gathering and committing.
     pub compress_seconds: f64,
     /// Seconds spent waiting for communication.
@@ -114,6 +120,7 @@ impl RunSummary {
         self.tokens += record.tokens;
         self.total_seconds += f64::from(record.step_seconds);
         self.compute_seconds += f64::from(record.compute_seconds);
+        self.update_seconds += f64::from(record.update_seconds);
         self.compress_seconds += f64::from(record.compress_seconds);
         self.wait_seconds += f64::from(record.wait_seconds);
         self.bytes_sent += record.bytes_sent;

@@ -34,7 +34,7 @@ pub enum ReduceError {
     /// A shard keeps its connection but does not answer.
     #[error(
         "no shard answered for {seconds:.0} s while {rounds} rounds waited, the first at shard {shard}, bucket {bucket}, after its {sent} was sent: \
-         another worker is stuck or far behind (see the shard's status page), or raise progress_timeout"
+         another worker is stuck or far behind (see the shard's status page), or raise --progress-timeout-seconds"
     )]
     Stalled {
         /// Shard of the first round that waits.
@@ -93,6 +93,9 @@ pub trait Reducer: Send {
 
     /// The plan.
     fn plan(&self) -> &Plan;
+
+    /// Step at which this worker starts, as it told the shards when it joined; that of the state once one is imported.
+    fn start_step(&self) -> Step;
 
     /// Opens a step.
     ///

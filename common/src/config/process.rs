@@ -208,6 +208,15 @@ pub struct PeerArgs {
         default_value_t = 60.0
     )]
     pub connect_timeout_seconds: f64,
+    /// Seconds without any answer from a shard after which a step is given up. Lost peers show within seconds by
+    /// themselves; this is for those that hang. Must exceed the longest pause of any worker, such as a validation.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ARC_PROGRESS_TIMEOUT_SECONDS",
+        default_value_t = 600.0
+    )]
+    pub progress_timeout_seconds: f64,
 }
 
 impl PeerArgs {
@@ -255,6 +264,15 @@ impl PeerArgs {
             "connect_timeout_seconds",
             seconds,
             "0.1 to 86400",
+            advice,
+        )?;
+        let seconds = self.progress_timeout_seconds;
+        let advice = "it is how long a step may stand still before it is given up; 600 is usual";
+        require(
+            (1.0..=86400.0).contains(&seconds),
+            "progress_timeout_seconds",
+            seconds,
+            "1 to 86400",
             advice,
         )
     }

@@ -5,7 +5,7 @@ use crate::record::StepRecord;
 use crate::reducer::{ReduceError, Reducer, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
-use arc_topk_common::ids::{Rank, TensorId};
+use arc_topk_common::ids::{Rank, Step, TensorId};
 use arc_topk_common::metrics::{
     ConnectionFigures, Flow, StepEnd, StepPhase, Traffic, WorkerMetrics,
 };
@@ -41,7 +41,8 @@ impl MeteredReducer {
             self.metrics.set_gradient_norm(f64::from(norm));
         }
         let wide = |value: Option<f32>| value.map(f64::from);
-        let density = Some(f64::from(stats.density));
+        // A skipped step moved no rows: it says nothing of the density.
+        let density = (!outcome.skipped).then_some(f64::from(stats.density));
         self.metrics.set_compression(
             density,
             wide(stats.captured_energy),
@@ -83,6 +84,10 @@ impl Reducer for MeteredReducer {
 
     fn plan(&self) -> &Plan {
         self.inner.plan()
+    }
+
+    fn start_step(&self) -> Step {
+        self.inner.start_step()
     }
 
     fn begin(&mut self) -> Result<(), ReduceError> {
@@ -159,6 +164,7 @@ impl Pages {
             (StepPhase::Compute, record.compute_seconds),
             (StepPhase::Compress, record.compress_seconds),
             (StepPhase::Wait, record.wait_seconds),
+            (StepPhase::Update, record.update_seconds),
         ];
         phases
             .into_iter()

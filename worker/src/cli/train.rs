@@ -10,7 +10,8 @@ use crate::reducer::Reducer;
 use crate::report::{Run, closing_table};
 use crate::session::{NetConfig, NetEvent, QuicReducer};
 use crate::train::{
-    self, LocalReducer, Observer, TrainConfig, TrainError, parameters, resume_point, use_threads,
+    self, LocalReducer, Observer, TrainConfig, TrainError, data::Dataset, parameters, resume_point,
+    use_threads,
 };
 use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs};
 use arc_topk_common::ids::{Rank, Step};
@@ -58,7 +59,11 @@ Exit status: 0 done, 1 failed, 2 wrong usage or settings, 130 stopped by a signa
 /// Runs the command.
 pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
     // First of all: the number of threads is read when the first one is started.
-    use_threads(command.train.threads);
+    // SAFETY: reading the settings has started no thread.
+    #[allow(unsafe_code, reason = "as said above")]
+    unsafe {
+        use_threads(command.train.threads);
+    }
     command.common.validate()?;
     command.train.validate()?;
     command.algorithm.validate()?;
@@ -66,6 +71,8 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
     let stop = Stop::listen(command.until_stdin_ends)?;
     let shards = u16::try_from(command.peers.shard_addresses.len()).unwrap_or(u16::MAX);
     let tensors = parameters(&command.train)?;
+    // Before anything is joined: a worker without data would be lost to the others.
+    let data = Arc::new(Dataset::load(&command.train).map_err(TrainError::from)?);
     let spec = PlanSpec {
         algorithm: command.algorithm.clone(),
         shards: shards.max(1),
@@ -102,7 +109,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
         stop,
         steps: Vec::new(),
     };
-    let summary = train::run(&config, reducer.as_mut(), &mut watch)?;
+    let summary = train::run_on(&config, data, reducer.as_mut(), &mut watch)?;
     reducer.leave();
     watch.progress.finish();
     watch.conclude(&command.train, summary)
@@ -112,17 +119,17 @@ impl TrainCommand {
     fn net_config(&self) -> Result<NetConfig, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
         let identity = Identity::load_files(&ca, &cert, &key)?;
-        // All workers' checkpoints are of one step, so any rank's tells where to start.
         let mut message = |text: &str| tracing::warn!("{text}");
-        let point = resume_point(&self.train, self.peers.rank.unwrap_or(0), &mut message)
-            .map_err(TrainError::from)?;
-        let (step, update) = point.unwrap_or_default();
+        let point = resume_point(&self.train, self.peers.rank, &mut message);
+        let point = point.map_err(TrainError::from)?;
+        let rank = self.peers.rank.or(point.and_then(|point| point.only_rank));
         Ok(NetConfig {
-            start_step: Step(step),
-            start_update: update,
-            rank: self.peers.rank.map(Rank),
+            start_step: Step(point.map_or(0, |point| point.step)),
+            start_update: point.map_or(0, |point| point.update),
+            rank: rank.map(Rank),
             world: self.peers.workers,
             connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
+            progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
             observer: Some(Arc::new(log_event)),
             ..NetConfig::new(&self.common.job, &self.peers.shard_addresses, identity)
         })

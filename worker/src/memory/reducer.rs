@@ -4,7 +4,7 @@ use super::network::{Delivery, Network};
 use super::{Job, MemoryError, MemoryOptions, accept};
 use crate::reducer::{ReduceError, Reducer, TrainReport};
 use crate::step::{Outgoing, StepMachine, StepOutcome, TensorResult, WorkerState};
-use arc_topk_common::ids::{Rank, TensorId};
+use arc_topk_common::ids::{Rank, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_ps::shard::Report;
 use std::collections::VecDeque;
@@ -155,6 +155,10 @@ impl Reducer for MemoryReducer {
 
     fn plan(&self) -> &Plan {
         self.machine.plan()
+    }
+
+    fn start_step(&self) -> Step {
+        self.machine.step()
     }
 
     fn begin(&mut self) -> Result<(), ReduceError> {

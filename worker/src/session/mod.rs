@@ -134,7 +134,7 @@ impl NetConfig {
             start_update: 0,
             connect_timeout: Duration::from_secs(30),
             join_timeout: Duration::from_secs(600),
-            progress_timeout: Duration::from_secs(120),
+            progress_timeout: Duration::from_secs(600),
             io_threads: 2,
             queue_bytes: 128 << 20,
             transport: TransportConfig::default(),
@@ -379,6 +379,10 @@ impl Reducer for QuicReducer {
         &self.plan
     }
 
+    fn start_step(&self) -> Step {
+        self.start_step
+    }
+
     fn begin(&mut self) -> Result<(), ReduceError> {
         self.shared.check()?;
         self.pushed.fill(false);
@@ -403,6 +407,9 @@ impl Reducer for QuicReducer {
         let committing = Instant::now();
         let mut outcome = self.shared.machine().commit();
         self.open = false;
+        let (sent, received) = self.shared.control.take();
+        outcome.stats.sent.control += sent;
+        outcome.stats.received.control += received;
         let compress = self.shared.take_compress_time() + committing.elapsed();
         outcome.stats.compress_seconds = compress.as_secs_f64();
         outcome.stats.wait_seconds = wait_seconds;

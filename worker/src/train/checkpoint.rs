@@ -61,6 +61,17 @@ pub enum CheckpointError {
         /// What is wrong.
         detail: String,
     },
+    /// A new run would mix its checkpoints with those of an earlier one.
+    #[error(
+        "{} holds checkpoints of an earlier run, the newest of step {newest}: pass --resume to go on from it, or another --checkpoint-dir",
+        directory.display()
+    )]
+    InUse {
+        /// Directory of the rank.
+        directory: PathBuf,
+        /// Step of the newest.
+        newest: u64,
+    },
     /// It was made by another model, optimizer or feedback rule.
     #[error("checkpoint {} does not fit this run: {detail}; use the settings that made it, or another --checkpoint-dir", path.display())]
     Mismatch {
@@ -125,6 +136,33 @@ impl CheckpointStore {
         Ok(path)
     }
 
+    /// Checks that a run which starts afresh finds no checkpoints of an earlier one.
+    ///
+    /// # Errors
+    /// [`CheckpointError::InUse`] if it does.
+    pub fn check_unused(&self) -> Result<(), CheckpointError> {
+        let directory = self.rank_directory(self.rank);
+        match steps_in(&directory)?.last() {
+            Some(&newest) => Err(CheckpointError::InUse { directory, newest }),
+            None => Ok(()),
+        }
+    }
+
+    /// Removes this rank's checkpoints of steps after `step`, from which the run goes on: they belong to a course
+    /// that is abandoned, and must neither be taken for this run's nor push its own out.
+    ///
+    /// # Errors
+    /// If a file cannot be removed.
+    pub fn abandon_after(&self, step: u64) -> Result<(), CheckpointError> {
+        for later in steps_in(&self.rank_directory(self.rank))? {
+            if later > step {
+                let path = self.path(later);
+                fs::remove_file(&path).map_err(|source| io_error("remove", &path, source))?;
+            }
+        }
+        Ok(())
+    }
+
     /// Reads and checks the checkpoint at `step`.
     ///
     /// # Errors
@@ -157,7 +195,8 @@ impl CheckpointStore {
 
     fn load_with_peers(&self, step: u64) -> Result<Checkpoint, CheckpointError> {
         let checkpoint = self.load(step)?;
-        for rank in self.ranks()?.into_iter().filter(|rank| *rank != self.rank) {
+        let ranks = Self::ranks(&self.directory)?;
+        for rank in ranks.into_iter().filter(|rank| *rank != self.rank) {
             let peer = Self::new(&self.directory, rank);
             if !steps_in(&peer.rank_directory(rank))?.is_empty() {
                 peer.load(step)?;
@@ -166,9 +205,12 @@ impl CheckpointStore {
         Ok(checkpoint)
     }
 
-    /// Ranks that keep checkpoints here, ascending.
-    fn ranks(&self) -> Result<Vec<u16>, CheckpointError> {
-        let mut ranks: Vec<u16> = names_in(&self.directory)?
+    /// Ranks that keep checkpoints under `directory`, ascending.
+    ///
+    /// # Errors
+    /// If the directory cannot be listed; one that does not exist holds none.
+    pub fn ranks(directory: &Path) -> Result<Vec<u16>, CheckpointError> {
+        let mut ranks: Vec<u16> = names_in(directory)?
             .iter()
             .filter_map(|name| name.strip_prefix("rank-")?.parse().ok())
             .collect();
@@ -486,6 +528,24 @@ mod tests {
         // A half-written file does not count.
         fs::write(stores[1].path(2).with_extension("new"), b"half").unwrap();
         assert_eq!(stores[1].latest(&mut |_| ()).unwrap().unwrap().step, 1);
+    }
+
+    #[test]
+    fn a_course_that_is_abandoned_leaves_nothing_behind() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = CheckpointStore::new(dir.path(), 0);
+        store.check_unused().unwrap();
+        for step in [100, 142] {
+            store.save(&checkpoint(step)).unwrap();
+        }
+        let error = store.check_unused().unwrap_err().to_string();
+        assert!(
+            error.contains("step 142") && error.contains("--resume"),
+            "{error}"
+        );
+        store.abandon_after(100).unwrap();
+        store.save(&checkpoint(120)).unwrap();
+        assert_eq!(steps_in(&dir.path().join("rank-0")).unwrap(), [100, 120]);
     }
 
     #[test]

@@ -56,6 +56,10 @@ impl Reducer for LocalReducer {
         &self.plan
     }
 
+    fn start_step(&self) -> Step {
+        self.step
+    }
+
     fn begin(&mut self) -> Result<(), ReduceError> {
         self.gradients
             .iter_mut()

@@ -18,12 +18,13 @@ mod trainer;
 pub use checkpoint::{Arrays, Checkpoint, CheckpointError, CheckpointStore};
 pub use local::LocalReducer;
 pub use observer::{Observer, Quiet, Validation};
-pub use run::{TrainConfig, resume_point, run, run_on};
+pub use run::{ResumePoint, TrainConfig, resume_point, run, run_on};
 pub use schedule::Schedule;
 pub use trainer::{Push, Results, Trainer, optimizer_config, parameters, use_threads};
 
 use crate::record::RecordError;
 use crate::reducer::ReduceError;
+use arc_topk_common::ids::Step;
 
 /// Why training stopped.
 #[derive(Debug, thiserror::Error)]
@@ -46,6 +47,20 @@ pub enum TrainError {
     /// Records cannot be written.
     #[error(transparent)]
     Record(#[from] RecordError),
+    /// This worker would start elsewhere than the job.
+    #[error(
+        "the job starts at {joined}, but rank {rank} would start at {here}, since {} checkpoint of that rank is used here: \
+         start every worker with the same --checkpoint-dir and --resume, and with the --rank whose checkpoints it has",
+        if *here == Step(0) { "no" } else { "a" }
+    )]
+    StartStep {
+        /// Rank of this worker.
+        rank: u16,
+        /// Where the job starts.
+        joined: Step,
+        /// Where this worker would.
+        here: Step,
+    },
     /// The plan was made for another model.
     #[error(
         "the plan does not fit the model: {detail}; build the plan from train::parameters of the same settings"

@@ -27,20 +27,45 @@ pub struct TrainConfig {
     pub args: TrainArgs,
 }
 
-/// Step and update at which `rank` would resume, to be asked for when joining; `None`: from the start.
+/// Where a worker resumes: what to ask for when joining.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct ResumePoint {
+    /// Next step.
+    pub step: u64,
+    /// Next update (skipped steps not counted).
+    pub update: u64,
+    /// The rank whose checkpoints lie on this machine, if they are those of one rank alone. A worker that was told
+    /// no rank must ask for this one.
+    pub only_rank: Option<u16>,
+}
+
+/// Where a worker would resume; `None`: from the start. Without a `rank` it is that of the checkpoints that are
+/// there, all of which are of the same step.
 ///
 /// # Errors
 /// If there are checkpoints, but none can be used.
 pub fn resume_point(
     args: &TrainArgs,
-    rank: u16,
+    rank: Option<u16>,
     message: &mut dyn FnMut(&str),
-) -> Result<Option<(u64, u64)>, CheckpointError> {
+) -> Result<Option<ResumePoint>, CheckpointError> {
     let Some(directory) = args.checkpoint_dir.as_deref().filter(|_| args.resume) else {
         return Ok(None);
     };
+    let ranks = CheckpointStore::ranks(directory)?;
+    let only_rank = match ranks[..] {
+        [only] => Some(only),
+        _ => None,
+    };
+    let Some(rank) = rank.or(ranks.first().copied()) else {
+        return Ok(None);
+    };
     let latest = CheckpointStore::new(directory, rank).latest(message)?;
-    Ok(latest.map(|checkpoint| (checkpoint.step, checkpoint.update)))
+    Ok(latest.map(|checkpoint| ResumePoint {
+        step: checkpoint.step,
+        update: checkpoint.update,
+        only_rank,
+    }))
 }
 
 /// Trains with `reducer` until the settings' last step, on the data that the settings name.
@@ -152,6 +177,15 @@ impl<'a> Run<'a> {
         };
         if args.resume {
             run.resume(reducer, observer)?;
+        } else if let Some(store) = &run.store {
+            store.check_unused()?;
+        }
+        if Step(run.first_step) != reducer.start_step() {
+            return Err(TrainError::StartStep {
+                rank,
+                joined: reducer.start_step(),
+                here: Step(run.first_step),
+            });
         }
         if let Some(directory) = &args.run_dir {
             run.writer = Some(StepWriter::open(directory, run.first_step)?);
@@ -224,6 +258,7 @@ impl<'a> Run<'a> {
         };
         reducer.import_state(state)?;
         self.first_step = checkpoint.step;
+        store.abandon_after(checkpoint.step)?;
         observer.on_message(&format!(
             "resumed at step {} from {}",
             checkpoint.step,
@@ -232,15 +267,20 @@ impl<'a> Run<'a> {
         Ok(())
     }
 
-    /// One step; `last` also validates and writes a checkpoint, as the final step does.
+    /// One step; if it is the last, because of `stop` or by its number, it also validates and writes a checkpoint.
     fn step(
         &mut self,
         step: u64,
-        last: bool,
+        stop: bool,
         reducer: &mut dyn Reducer,
         observer: &mut dyn Observer,
     ) -> Result<(), TrainError> {
-        let last = last || step + 1 == self.args.steps;
+        let last = stop || step + 1 == self.args.steps;
+        if stop && step > self.first_step {
+            // Workers that are asked together may stop a step apart, since none can be more than a step ahead: with
+            // a checkpoint before the last step and one after it, they have one step in common.
+            self.save(reducer)?;
+        }
         let start = Instant::now();
         reducer.begin()?;
         let rank = reducer.rank();
@@ -256,16 +296,17 @@ impl<'a> Run<'a> {
         let pushed = start.elapsed();
         let outcome = reducer.finish()?;
         let waited = start.elapsed() - pushed;
+        let updating = Instant::now();
         if outcome.skipped {
             observer.on_message(&skipped_text(step, loss));
         } else {
             self.trainer
                 .apply(step, &mut |f| reducer.for_each_result(f))?;
         }
-        let whole = start.elapsed();
         let mut record = self.record(loss, examples, &outcome);
-        record.step_seconds = whole.as_secs_f32();
-        record.compute_seconds = (whole - waited).saturating_sub(pushing).as_secs_f32();
+        record.update_seconds = updating.elapsed().as_secs_f32();
+        record.step_seconds = start.elapsed().as_secs_f32();
+        record.compute_seconds = pushed.saturating_sub(pushing).as_secs_f32();
         if record.wait_seconds == 0.0 {
             record.wait_seconds = waited.as_secs_f32();
         }

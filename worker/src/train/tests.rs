@@ -131,6 +131,41 @@ fn a_plan_of_another_model_is_refused() {
 }
 
 #[test]
+fn a_worker_that_would_start_elsewhere_than_the_job_is_told() {
+    let config = small("--steps 9");
+    let mut reducer = local(&config);
+    let late = WorkerState {
+        step: Step(5),
+        update: 5,
+        arrays: Vec::new(),
+    };
+    reducer.import_state(late).unwrap();
+    let error = run(&config, &mut reducer, &mut Quiet).unwrap_err();
+    assert!(matches!(
+        error,
+        TrainError::StartStep {
+            rank: 0,
+            joined: Step(5),
+            here: Step(0)
+        }
+    ));
+    assert!(error.to_string().contains("--resume"), "{error}");
+}
+
+#[test]
+fn a_new_run_leaves_the_checkpoints_of_an_earlier_one_alone() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut config = small("--steps 2");
+    config.args.checkpoint_dir = Some(dir.path().to_owned());
+    run(&config, &mut local(&config), &mut Quiet).unwrap();
+    let error = run(&config, &mut local(&config), &mut Quiet).unwrap_err();
+    assert!(matches!(
+        error,
+        TrainError::Checkpoint(CheckpointError::InUse { newest: 2, .. })
+    ));
+}
+
+#[test]
 fn a_stop_that_is_asked_for_leaves_a_checkpoint() {
     let dir = tempfile::tempdir().unwrap();
     let mut config = small("--steps 9");
@@ -143,10 +178,17 @@ fn a_stop_that_is_asked_for_leaves_a_checkpoint() {
         run(&config, &mut local(&config), &mut log).unwrap().steps,
         3
     );
+    let store = CheckpointStore::new(dir.path(), 0);
+    // Another worker may have stopped a step earlier.
+    assert_eq!(store.load(2).unwrap().step, 2);
     config.args.resume = true;
     assert_eq!(
-        resume_point(&config.args, 0, &mut |_| ()).unwrap(),
-        Some((3, 3))
+        resume_point(&config.args, None, &mut |_| ()).unwrap(),
+        Some(ResumePoint {
+            step: 3,
+            update: 3,
+            only_rank: Some(0)
+        })
     );
 }
 
@@ -166,6 +208,9 @@ impl Reducer for Spoiled {
     }
     fn plan(&self) -> &Plan {
         self.inner.plan()
+    }
+    fn start_step(&self) -> Step {
+        self.inner.start_step()
     }
     fn begin(&mut self) -> Result<(), ReduceError> {
         self.inner.begin()

@@ -53,14 +53,14 @@ pub fn optimizer_config(args: &TrainArgs) -> OptimizerConfig {
 
 /// Lets mathematics run on `threads` threads; 0 takes one per core. Results do not depend on it.
 ///
-/// candle and rayon read RAYON_NUM_THREADS, so this must be called at the start of a program, before any thread.
-#[allow(
-    unsafe_code,
-    reason = "candle has no other way to set its number of threads"
-)]
-pub fn use_threads(threads: usize) {
+/// candle and rayon read RAYON_NUM_THREADS, and candle has no other way to be told.
+///
+/// # Safety
+/// No other thread may run: call it first thing in `main`.
+#[allow(unsafe_code, reason = "it changes the environment")]
+pub unsafe fn use_threads(threads: usize) {
     if threads > 0 {
-        // SAFETY: called first thing in `main`, while no other thread can read the environment.
+        // SAFETY: the caller promises that nobody else can read the environment now.
         unsafe { std::env::set_var("RAYON_NUM_THREADS", threads.to_string()) };
     }
 }
