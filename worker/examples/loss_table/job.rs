@@ -8,6 +8,7 @@ use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
 use arc_topk_worker::train::{Trainer, data::Dataset, parameters};
 use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
 use std::error::Error;
 use std::sync::Arc;
 use std::time::Instant;
@@ -18,7 +19,6 @@ pub(crate) struct RunSettings {
     pub(crate) train: TrainArgs,
     pub(crate) workers: u16,
     pub(crate) shards: u16,
-    pub(crate) seed: u64,
 }
 
 /// A line of the results file.
@@ -31,6 +31,8 @@ pub(crate) struct RunResult {
     pub(crate) batch: usize,
     pub(crate) context: usize,
     pub(crate) workers: u16,
+    /// Data and all settings that the other fields do not tell: see [`settings_hash`].
+    pub(crate) settings: String,
     /// Validation loss at the end; `None` if it diverged.
     pub(crate) validation_loss: Option<f32>,
     /// (step, validation loss, bytes sent by a worker so far).
@@ -49,27 +51,38 @@ pub(crate) struct RunResult {
 
 impl RunResult {
     /// Names a run among all: a finished one is not repeated.
-    pub(crate) fn key(cell: &str, lr: f32, seed: u64, train: &TrainArgs, workers: u16) -> String {
-        let context = train.model_shape().context;
-        format!(
-            "{cell}|{lr}|{seed}|{}|{}|{context}|{workers}",
-            train.steps, train.batch
-        )
+    pub(crate) fn key(cell: &str, lr: f32, seed: u64, settings: &str) -> String {
+        format!("{cell}|{lr}|{seed}|{settings}")
     }
 
     pub(crate) fn own_key(&self) -> String {
-        let Self {
-            cell,
-            lr,
-            seed,
-            steps,
-            batch,
-            context,
-            workers,
-            ..
-        } = self;
-        format!("{cell}|{lr}|{seed}|{steps}|{batch}|{context}|{workers}")
+        Self::key(&self.cell, self.lr, self.seed, &self.settings)
     }
+}
+
+/// Hash of the data and of all settings that runs share: results of others are no results of these.
+pub(crate) fn settings_hash(settings: &RunSettings, data: &Dataset) -> String {
+    // What varies from run to run, what changes no result, and the path, for which the data's description stands.
+    let free = [
+        "lr",
+        "optimizer",
+        "catch_up_cap",
+        "data",
+        "run_dir",
+        "checkpoint_dir",
+        "threads",
+        "json",
+        "validate_every",
+    ];
+    let mut train = serde_json::to_value(&settings.train).expect("settings are plain values");
+    if let Some(fields) = train.as_object_mut() {
+        fields.retain(|key, _| !free.contains(&key.as_str()));
+    }
+    // "<path>: <bytes>, <tokens>"
+    let data = data.description().rsplit('/').next().unwrap_or_default();
+    let text = format!("{train} {data} {} {}", settings.workers, settings.shards);
+    let hash = Sha256::digest(text.as_bytes());
+    hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
 /// Losses beyond this (a uniform guess has 5.5) will not come back.
@@ -79,6 +92,7 @@ const DIVERGED: f32 = 20.0;
 pub(crate) fn train(
     cell: &Cell,
     lr: f32,
+    seed: u64,
     settings: &RunSettings,
     data: &Arc<Dataset>,
 ) -> Result<RunResult, Box<dyn Error + Send + Sync>> {
@@ -86,7 +100,7 @@ pub(crate) fn train(
     let mut args = settings.train.clone();
     (args.lr, args.optimizer, args.catch_up_cap) = (lr, cell.optimizer, cell.cap);
     let mut algorithm = cell.algorithm.clone();
-    algorithm.seed = settings.seed;
+    algorithm.seed = seed;
     let spec = PlanSpec {
         algorithm,
         shards: settings.shards,
@@ -99,11 +113,12 @@ pub(crate) fn train(
     let mut result = RunResult {
         cell: cell.name(),
         lr,
-        seed: settings.seed,
+        seed,
         steps: args.steps,
         batch: args.batch,
         context: args.model_shape().context,
         workers: settings.workers,
+        settings: settings_hash(settings, data),
         validation_loss: None,
         curve: Vec::new(),
         bytes_sent: 0,

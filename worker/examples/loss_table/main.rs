@@ -14,12 +14,12 @@ use arc_topk_common::config::train::{OptimizerChoice, TrainArgs};
 use arc_topk_worker::train::{data::Dataset, use_threads};
 use cells::{Cell, default_cells};
 use clap::Parser;
-use job::{RunResult, RunSettings};
+use job::{RunResult, RunSettings, settings_hash};
 use std::collections::{HashMap, HashSet};
 use std::error::Error;
 use std::fs::{self, OpenOptions};
 use std::io::Write;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
@@ -79,7 +79,11 @@ struct Cli {
 }
 
 fn main() -> Result<(), AnyError> {
-    use_threads(1);
+    // SAFETY: no thread has been started yet.
+    #[allow(unsafe_code, reason = "each run has one thread of its own")]
+    unsafe {
+        use_threads(1);
+    }
     let mut cli = Cli::parse();
     settle(&mut cli)?;
     let cells = chosen_cells(&cli);
@@ -89,11 +93,50 @@ fn main() -> Result<(), AnyError> {
         return Ok(());
     }
     fs::create_dir_all(&cli.out)?;
-    let path = cli.out.join("loss_table.jsonl");
+    let data = Arc::new(Dataset::load(&cli.train)?);
+    println!("{}", data.description());
+    let results = Results {
+        path: cli.out.join("loss_table.jsonl"),
+        settings: RunSettings {
+            train: cli.train.clone(),
+            workers: cli.workers,
+            shards: cli.shards,
+        },
+        data,
+    };
     if !cli.table_only {
-        train_all(&cli, &cells, &path)?;
+        train_all(&cli, &cells, &results)?;
     }
-    write_tables(&cli, &names, &results_of(&cli, &path)?)
+    write_tables(&cli, &names, &results.read()?)
+}
+
+/// Where results are kept, and what they are results of.
+struct Results {
+    path: PathBuf,
+    settings: RunSettings,
+    data: Arc<Dataset>,
+}
+
+impl Results {
+    fn hash(&self) -> String {
+        settings_hash(&self.settings, &self.data)
+    }
+
+    /// Those of runs with these settings on this data.
+    fn read(&self) -> Result<Vec<RunResult>, AnyError> {
+        let text = match fs::read_to_string(&self.path) {
+            Ok(text) => text,
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
+            Err(error) => return Err(error.into()),
+        };
+        let lines: Result<Vec<RunResult>, AnyError> = text
+            .lines()
+            .map(|line| Ok(serde_json::from_str(line)?))
+            .collect();
+        let (mut all, ours) = (lines?, self.hash());
+        all.retain(|run| run.settings == ours);
+        Ok(all)
+    }
 }
 
 /// Runs short enough, of batches small enough, that one takes about half a minute of one core.
@@ -155,9 +198,7 @@ struct Task<'a> {
 }
 
 /// The first seed tries every rate; the others then run at each cell's best, unless all rates were asked for.
-fn train_all(cli: &Cli, cells: &[Cell], path: &Path) -> Result<(), AnyError> {
-    let data = Arc::new(Dataset::load(&cli.train)?);
-    println!("{}", data.description());
+fn train_all(cli: &Cli, cells: &[Cell], results: &Results) -> Result<(), AnyError> {
     let (first, others) = cli.seeds.split_at(1.min(cli.seeds.len()));
     let mut tasks = Vec::new();
     for &seed in if cli.all_rates { &cli.seeds } else { first } {
@@ -170,12 +211,12 @@ fn train_all(cli: &Cli, cells: &[Cell], path: &Path) -> Result<(), AnyError> {
             tasks.extend(rates.iter().map(|&lr| Task { cell, lr, seed }));
         }
     }
-    train_tasks(cli, tasks, &data, path)?;
+    train_tasks(cli, tasks, results)?;
     if cli.all_rates || others.is_empty() {
         return Ok(());
     }
-    let results = results_of(cli, path)?;
     let tried: Vec<RunResult> = results
+        .read()?
         .into_iter()
         .filter(|run| first.contains(&run.seed))
         .collect();
@@ -191,35 +232,35 @@ fn train_all(cli: &Cli, cells: &[Cell], path: &Path) -> Result<(), AnyError> {
             .filter_map(|cell| Some((cell, *best.get(&cell.name())?)));
         tasks.extend(known.map(|(cell, lr)| Task { cell, lr, seed }));
     }
-    train_tasks(cli, tasks, &data, path)
+    train_tasks(cli, tasks, results)
 }
 
 /// Runs what has no result yet, several at a time.
-fn train_tasks(
-    cli: &Cli,
-    mut tasks: Vec<Task<'_>>,
-    data: &Arc<Dataset>,
-    path: &Path,
-) -> Result<(), AnyError> {
-    let done: HashSet<String> = read_results(path)?.iter().map(RunResult::own_key).collect();
+fn train_tasks(cli: &Cli, mut tasks: Vec<Task<'_>>, results: &Results) -> Result<(), AnyError> {
+    let done: HashSet<String> = results.read()?.iter().map(RunResult::own_key).collect();
+    let hash = results.hash();
     tasks.retain(|task| {
         !done.contains(&RunResult::key(
             &task.cell.name(),
             task.lr,
             task.seed,
-            &cli.train,
-            cli.workers,
+            &hash,
         ))
     });
     println!("{} runs to do", tasks.len());
-    let file = Mutex::new(OpenOptions::new().create(true).append(true).open(path)?);
+    let file = Mutex::new(
+        OpenOptions::new()
+            .create(true)
+            .append(true)
+            .open(&results.path)?,
+    );
     let (next, start) = (AtomicUsize::new(0), Instant::now());
     let first_error = Mutex::new(None);
     std::thread::scope(|scope| {
         for _ in 0..cli.parallel.max(1) {
             scope.spawn(|| {
                 while let Some(task) = tasks.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    if let Err(error) = run_task(cli, task, data, &file) {
+                    if let Err(error) = run_task(task, results, &file) {
                         *first_error.lock().expect("no holder panics") = Some(error);
                         next.store(tasks.len(), Ordering::Relaxed);
                     }
@@ -239,21 +280,18 @@ fn train_tasks(
         .map_or(Ok(()), Err)
 }
 
-fn run_task(
-    cli: &Cli,
-    task: &Task<'_>,
-    data: &Arc<Dataset>,
-    file: &Mutex<fs::File>,
-) -> Result<(), AnyError> {
-    let settings = RunSettings {
-        train: cli.train.clone(),
-        workers: cli.workers,
-        shards: cli.shards,
-        seed: task.seed,
-    };
+fn run_task(task: &Task<'_>, results: &Results, file: &Mutex<fs::File>) -> Result<(), AnyError> {
     // A pool of its own, so that the other run's mathematics does not queue behind this one's.
     let pool = rayon::ThreadPoolBuilder::new().num_threads(1).build()?;
-    let result = pool.install(|| job::train(task.cell, task.lr, &settings, data))?;
+    let result = pool.install(|| {
+        job::train(
+            task.cell,
+            task.lr,
+            task.seed,
+            &results.settings,
+            &results.data,
+        )
+    })?;
     let loss = result
         .validation_loss
         .map_or("diverged".to_owned(), |loss| format!("{loss:.4}"));
@@ -265,30 +303,6 @@ fn run_task(
     line.push(b'\n');
     file.lock().expect("no holder panics").write_all(&line)?;
     Ok(())
-}
-
-fn read_results(path: &Path) -> Result<Vec<RunResult>, AnyError> {
-    match fs::read_to_string(path) {
-        Ok(text) => text
-            .lines()
-            .map(|line| Ok(serde_json::from_str(line)?))
-            .collect(),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Vec::new()),
-        Err(error) => Err(error.into()),
-    }
-}
-
-/// Results of runs of this length, batch and world.
-fn results_of(cli: &Cli, path: &Path) -> Result<Vec<RunResult>, AnyError> {
-    let ours = (
-        cli.train.steps,
-        cli.train.batch,
-        cli.train.model_shape().context,
-        cli.workers,
-    );
-    let mut results = read_results(path)?;
-    results.retain(|run| (run.steps, run.batch, run.context, run.workers) == ours);
-    Ok(results)
 }
 
 fn write_tables(cli: &Cli, names: &[String], results: &[RunResult]) -> Result<(), AnyError> {
