@@ -15,7 +15,6 @@ pub struct WorkerMetrics {
     gradient_norm: Gauge,
     learning_rate: Gauge,
     tokens: IntCounter,
-    rounds_in_flight: IntGauge,
 }
 
 shared_methods!(WorkerMetrics, Flow::Up, Flow::Down);
@@ -56,7 +55,6 @@ impl WorkerMetrics {
                 "arc_samples_total",
                 "Tokens or images that this worker has trained on",
             ),
-            rounds_in_flight: r.count("arc_open_rounds", "Rounds that wait for a shard's answer"),
             registry: r.0,
         };
         StepEnd::ALL
@@ -111,10 +109,5 @@ impl WorkerMetrics {
     /// Tokens or images of a step.
     pub fn add_samples(&self, samples: u64) {
         self.tokens.inc_by(samples);
-    }
-
-    /// Rounds open now.
-    pub fn set_open_rounds(&self, rounds: usize) {
-        self.rounds_in_flight.set(rounds as i64);
     }
 }

@@ -66,8 +66,9 @@ impl Progress {
         }
         self.latest[rank] = Some(record.clone());
         let done = record.step + 1;
-        if done > self.shown {
-            self.shown = done;
+        // The worker that validates is the last to report its step.
+        if done > self.shown || fresh {
+            self.shown = self.shown.max(done);
             self.show(fresh);
         }
     }

@@ -10,12 +10,7 @@ use std::path::Path;
 
 /// Slow enough that communication decides, common enough to mean something to a reader; in bit/s.
 const SLOW_LINK: f64 = 1e8;
-const PHASES: [&str; 4] = [
-    "compute",
-    "compression",
-    "waiting for communication",
-    "other",
-];
+const PHASES: [&str; 4] = ["compute", "waiting for communication", "optimizer", "other"];
 
 /// Writes the report of `runs` to `path`, replacing what is there.
 ///
@@ -238,7 +233,7 @@ fn plots(runs: &[Run]) -> Vec<(Plot<'static>, &'static str)> {
             step_plot(runs, "Energy captured", "share", false, share, |r| {
                 r.captured_energy.map(f64::from)
             }),
-            "share of the averaged sketch's energy that the chosen rows hold",
+            "share of the energy of what workers compressed (gradient and residual) that the chosen rows hold",
         ),
         (
             step_plot(
@@ -409,11 +404,13 @@ fn phases(runs: &[Run]) -> String {
         }
         let _ = write!(
             html,
-            "</div><div>{}</div>",
-            format::seconds(phases.iter().sum())
+            "</div><div>{}, compressing {}</div>",
+            format::seconds(phases.iter().sum()),
+            format::seconds(run.compress_seconds())
         );
     }
-    html + "</div><p>Means over all steps and workers, measured on the machine of the run.</p>"
+    html + "</div><p>Means over all steps and workers, measured on the machine of the run. Compressing goes on beside \
+            computing and waiting, and is not part of the bar.</p>"
 }
 
 /// Settings of all runs, those that differ first.

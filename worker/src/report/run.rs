@@ -87,15 +87,16 @@ impl Run {
         ratio_of(self.steps.iter())
     }
 
-    /// As [`Run::ratio`], of the steps after warm-up and ramp: those at the lowest density met.
+    /// As [`Run::ratio`], of the steps after warm-up and ramp: those whose density is at most a tenth above the median
+    /// of the run's second half. Skipped steps, which move no values, do not count.
     #[must_use]
     pub fn steady_ratio(&self) -> Option<f64> {
-        let lowest = self
-            .steps
-            .iter()
-            .map(|r| r.density)
-            .fold(f32::INFINITY, f32::min);
-        ratio_of(self.steps.iter().filter(|r| r.density <= lowest * 1.01))
+        let applied = || self.steps.iter().filter(|r| !r.skipped);
+        let mut late: Vec<f32> = applied().map(|r| r.density).collect();
+        late.drain(..late.len() / 2);
+        late.sort_by(f32::total_cmp);
+        let usual = *late.get(late.len() / 2)?;
+        ratio_of(applied().filter(|r| r.density <= usual * 1.1))
     }
 
     /// Median seconds of a step as measured; `None` without steps.
@@ -111,20 +112,28 @@ impl Run {
         all.get(all.len() / 2).map(|&s| f64::from(s))
     }
 
-    /// Mean seconds per step of compute, compression, waiting and the rest.
+    /// Mean seconds per step of compute, waiting, update and the rest (copies of gradients, mostly), which add up to
+    /// the step.
     #[must_use]
     pub fn phases(&self) -> [f64; 4] {
-        let count = self.steps.len().max(1) as f64;
-        let mean = |pick: fn(&StepRecord) -> f32| {
-            self.steps.iter().map(|r| f64::from(pick(r))).sum::<f64>() / count
-        };
         let known = [
-            mean(|r| r.compute_seconds),
-            mean(|r| r.compress_seconds),
-            mean(|r| r.wait_seconds),
+            self.mean_seconds(|r| r.compute_seconds),
+            self.mean_seconds(|r| r.wait_seconds),
+            self.mean_seconds(|r| r.update_seconds),
         ];
-        let rest = (mean(|r| r.step_seconds) - known.iter().sum::<f64>()).max(0.0);
-        [known[0], known[1], known[2], rest]
+        let rest = self.mean_seconds(|r| r.step_seconds) - known.iter().sum::<f64>();
+        [known[0], known[1], known[2], rest.max(0.0)]
+    }
+
+    /// Mean seconds per step of compression, which a session does beside compute and waiting.
+    #[must_use]
+    pub fn compress_seconds(&self) -> f64 {
+        self.mean_seconds(|r| r.compress_seconds)
+    }
+
+    fn mean_seconds(&self, pick: fn(&StepRecord) -> f32) -> f64 {
+        let sum: f64 = self.steps.iter().map(|r| f64::from(pick(r))).sum();
+        sum / self.steps.len().max(1) as f64
     }
 
     /// Predicted seconds that every step needs the links for, were every worker and every shard behind a link of its
@@ -139,9 +148,13 @@ impl Run {
         })
     }
 
-    /// Predicted seconds of every step: its local work as measured, and [`Run::predicted_link_seconds`].
+    /// Predicted seconds of every step: its local work as measured, and [`Run::predicted_link_seconds`]. Compression
+    /// is counted as if nothing of it overlapped computing, and so are the links.
     pub fn predicted_step_seconds(&self, bits_per_second: f64) -> impl Iterator<Item = f64> + '_ {
-        let local = |r: &StepRecord| f64::from(r.compute_seconds) + f64::from(r.compress_seconds);
+        let local = |r: &StepRecord| {
+            let seconds = [r.compute_seconds, r.update_seconds, r.compress_seconds];
+            seconds.into_iter().map(f64::from).sum::<f64>()
+        };
         let link = self.predicted_link_seconds(bits_per_second);
         self.steps
             .iter()
@@ -228,6 +241,7 @@ fn merge_step(records: &[&StepRecord]) -> StepRecord {
         tokens: records.iter().map(|r| r.tokens).sum(),
         step_seconds: mean(|r| r.step_seconds),
         compute_seconds: mean(|r| r.compute_seconds),
+        update_seconds: mean(|r| r.update_seconds),
         compress_seconds: mean(|r| r.compress_seconds),
         wait_seconds: mean(|r| r.wait_seconds),
         bytes_sent: whole(|r| r.bytes_sent),
@@ -267,6 +281,20 @@ mod tests {
         assert!((run.ratio().unwrap() - 0.55).abs() < 1e-12);
         assert!((run.steady_ratio().unwrap() - 0.1).abs() < 1e-12);
         assert!(!run.finished);
+    }
+
+    #[test]
+    fn a_skipped_step_is_not_the_steady_state() {
+        let mut steps: Vec<_> = (0..9)
+            .map(|step| record(step, 1.0, if step == 0 { 1000 } else { 100 }))
+            .collect();
+        steps[6] = StepRecord {
+            skipped: true,
+            density: 0.0,
+            ..record(6, 1.0, 3)
+        };
+        let run = Run::new(None, &[steps], "x".into());
+        assert!((run.steady_ratio().unwrap() - 0.1).abs() < 1e-12);
     }
 
     #[test]
