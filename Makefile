@@ -72,7 +72,7 @@ $(DENY):
 	rm -rf '$(TOOLS)/build'
 
 .PHONY: data
-data: ## fetch the public data sets into .data (or ARC_DATA)
+data: ## fetch the public data sets into .data (or ARC_DATA_CACHE)
 	$(PYTHON) worker/data/fetch.py $(ARGS)
 
 .PHONY: bench

