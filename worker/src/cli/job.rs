@@ -315,7 +315,8 @@ impl<'a> Job<'a> {
                     deadline = Instant::now() + if again { Duration::ZERO } else { WORKER_GRACE };
                     if !again {
                         progress.message(None, "stopping; once more to stop at once");
-                        self.processes[shards..].iter_mut().for_each(Process::ask_to_end);
+                        let end = if self.spec.program.is_empty() { Process::ask_to_end } else { Process::terminate };
+                        self.processes[shards..].iter_mut().for_each(end);
                     }
                 }
                 () = sleep_until(deadline) => {

@@ -28,7 +28,8 @@ pub(super) struct LocalCommand {
     #[arg(long)]
     compare: bool,
     /// Runs this program as every worker instead of the built-in trainer. It finds in its environment how to join:
-    /// ARC_SHARD_ADDRESSES, ARC_CERTS, ARC_JOB, ARC_RANK, ARC_WORKERS, ARC_RUN_DIR.
+    /// ARC_SHARD_ADDRESSES, ARC_CERTS, ARC_JOB, ARC_RANK, ARC_WORKERS, ARC_RUN_DIR. When the job is stopped it gets
+    /// SIGTERM, and its standard input ends; 20 s later it is killed.
     #[arg(last = true, value_name = "PROGRAM", conflicts_with = "compare")]
     program: Vec<OsString>,
 }
@@ -129,11 +130,16 @@ fn compare(settings: &LocalSettings, dir: &Path) -> Result<(), CliError> {
     dense.train.validate()?;
     dense.name = compressor_name(&dense.algorithm);
     dense.dir = dir.join(&dense.name);
+    // Each run keeps its own checkpoints.
+    let checkpoints = own.train.checkpoint_dir.take();
     own.dir = dir.join(&own.name);
     if own.name == dense.name {
         // Dense against dense at another rate is a fair question too.
         own.name = format!("{}-2", own.name);
         own.dir = dir.join(&own.name);
+    }
+    for job in [&mut dense, &mut own] {
+        job.train.checkpoint_dir = checkpoints.as_ref().map(|dir| dir.join(&job.name));
     }
     finish(settings, &[dense, own], Some(&dir.join("report.html")))
 }

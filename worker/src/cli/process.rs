@@ -1,13 +1,14 @@
 //! One process of a job: its standard output as lines, its standard error in a log file, its end.
 
 use super::error::CliError;
+use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
 use tokio::process::{ChildStdin, Command};
-use tokio::sync::{mpsc::UnboundedSender, oneshot};
+use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
 
 /// What a process did.
 #[derive(Debug)]
@@ -27,7 +28,7 @@ pub(super) struct Process {
     pub(super) log: PathBuf,
     /// Closed to ask it to end; the system closes it too when this process dies, however it dies.
     stdin: Option<ChildStdin>,
-    kill: Option<oneshot::Sender<()>>,
+    signals: UnboundedSender<Signal>,
 }
 
 impl Process {
@@ -59,10 +60,10 @@ impl Process {
         })?;
         let stdin = child.stdin.take();
         let stdout = child.stdout.take().expect("standard output is piped");
-        let (kill, mut killed) = oneshot::channel();
+        let (signals, mut wanted) = unbounded_channel();
         tokio::spawn(async move {
             let mut lines = BufReader::new(stdout).lines();
-            let (mut open, mut killable) = (true, true);
+            let (mut open, mut held) = (true, true);
             let status = loop {
                 tokio::select! {
                     line = lines.next_line(), if open => match line {
@@ -71,10 +72,13 @@ impl Process {
                         _ => open = false,
                     },
                     status = child.wait() => break status,
-                    _ = &mut killed, if killable => {
-                        killable = false;
-                        // It may have ended already.
-                        let _gone = child.start_kill();
+                    signal = wanted.recv(), if held => {
+                        held = signal.is_some();
+                        // Not waited for yet, so the number is still its own, even if it has ended already.
+                        let pid = child.id().and_then(|id| Pid::from_raw(id.cast_signed()));
+                        if let Some(pid) = pid {
+                            let _gone = kill_process(pid, signal.unwrap_or(Signal::KILL));
+                        }
                     }
                 }
             };
@@ -92,7 +96,7 @@ impl Process {
             name,
             log,
             stdin,
-            kill: Some(kill),
+            signals,
         })
     }
 
@@ -101,13 +105,21 @@ impl Process {
         self.stdin = None;
     }
 
+    /// Asks it to end in order, by SIGTERM: for programs that do not watch their standard input.
+    pub(super) fn terminate(&mut self) {
+        self.stdin = None;
+        self.signal(Signal::TERM);
+    }
+
     /// Ends it at once.
     pub(super) fn kill(&mut self) {
         self.stdin = None;
-        if let Some(kill) = self.kill.take() {
-            // A process that has ended listens no more.
-            let _gone = kill.send(());
-        }
+        self.signal(Signal::KILL);
+    }
+
+    fn signal(&self, signal: Signal) {
+        // A process that has ended listens no more.
+        let _gone = self.signals.send(signal);
     }
 }
 
@@ -130,7 +142,7 @@ pub(super) fn tail(log: &Path) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use tokio::sync::mpsc::unbounded_channel;
+    use std::os::unix::process::ExitStatusExt;
 
     fn shell(script: &str) -> Command {
         let mut command = Command::new("sh");
@@ -169,24 +181,21 @@ mod tests {
     #[tokio::test]
     async fn the_end_of_its_input_is_a_request_and_a_kill_is_none() {
         let dir = tempfile::tempdir().unwrap();
-        for polite in [true, false] {
+        type End = fn(&mut Process);
+        let cases: [(&str, End, Option<i32>, Option<i32>); 3] = [
+            ("cat; exit 4", Process::ask_to_end, Some(4), None),
+            ("exec sleep 600", Process::terminate, None, Some(15)),
+            ("trap '' TERM; exec sleep 600", Process::kill, None, Some(9)),
+        ];
+        for (script, end, code, signal) in cases {
             let (send, mut events) = unbounded_channel();
-            let script = if polite {
-                "cat; exit 4"
-            } else {
-                "exec sleep 600"
-            };
             let mut process =
                 Process::start(0, "x".into(), shell(script), dir.path().join("log"), send).unwrap();
-            if polite {
-                process.ask_to_end()
-            } else {
-                process.kill()
-            }
+            end(&mut process);
             let Some((_, Output::Ended(status))) = events.recv().await else {
                 panic!("no end")
             };
-            assert_eq!(status.code(), polite.then_some(4));
+            assert_eq!((status.code(), status.signal()), (code, signal));
         }
     }
 

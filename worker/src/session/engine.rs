@@ -96,7 +96,9 @@ impl Engine {
             }
             Work::Epoch(epoch) => {
                 machine.set_epoch(epoch);
-                Ok(())
+                // Completes nothing: the trainer may have gone on since the step's last frame, and must not be told
+                // of that completion again.
+                return false;
             }
         };
         if let Err(error) = result {

@@ -44,7 +44,7 @@ pub enum ConnectError {
     },
     /// The other workers did not come.
     #[error(
-        "{joined} of {world} workers joined within {seconds} s: start the missing ones, or start shard 0 with a smaller --world"
+        "{joined} of {world} workers joined within {seconds} s: start the missing ones, or start shard 0 with a smaller --workers"
     )]
     Join {
         /// Workers that are there.

@@ -144,16 +144,21 @@ pub(super) fn spawn_control(
     runtime.spawn(read_control(Arc::clone(shared), shard, receiver, observer));
     ControlOut {
         messages,
-        writer: runtime.spawn(write_control(sender, queue)),
+        writer: runtime.spawn(write_control(Arc::clone(shared), sender, queue)),
     }
 }
 
 /// Ends when the queue does, once the peer has everything. Failures are told by the reading side.
-async fn write_control(mut sender: ControlSender, mut queue: UnboundedReceiver<Control>) {
+async fn write_control(
+    shared: Arc<Shared>,
+    mut sender: ControlSender,
+    mut queue: UnboundedReceiver<Control>,
+) {
     while let Some(message) = queue.recv().await {
         if sender.send(&message).await.is_err() {
             return;
         }
+        shared.control.add_sent(&message);
     }
     let _lost_while_leaving = sender.finish().await;
 }
@@ -165,7 +170,11 @@ async fn read_control(
     observer: Option<NetObserver>,
 ) {
     loop {
-        match receiver.recv().await {
+        let received = receiver.recv().await;
+        if let Ok(Some(message)) = &received {
+            shared.control.add_received(message);
+        }
+        match received {
             Ok(Some(Control::Membership {
                 epoch,
                 members,

@@ -3,10 +3,11 @@
 use crate::reducer::ReduceError;
 use crate::step::StepMachine;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, TensorId};
-use arc_topk_common::wire::{FrameHeader, FrameKind, RefusalCode};
+use arc_topk_common::wire::{Control, FrameHeader, FrameKind, RefusalCode};
 use arc_topk_transport::TransportError;
 use bytes::Bytes;
 use std::collections::{BTreeMap, VecDeque};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
@@ -47,9 +48,43 @@ struct Inner {
     members: Option<Vec<Rank>>,
 }
 
+/// Bytes of control messages since they were last taken.
+#[derive(Debug, Default)]
+pub(super) struct ControlBytes {
+    sent: AtomicU64,
+    received: AtomicU64,
+}
+
+impl ControlBytes {
+    pub(super) fn add_sent(&self, message: &Control) {
+        self.sent
+            .fetch_add(framed_bytes(message), Ordering::Relaxed);
+    }
+
+    pub(super) fn add_received(&self, message: &Control) {
+        self.received
+            .fetch_add(framed_bytes(message), Ordering::Relaxed);
+    }
+
+    /// (sent, received)
+    pub(super) fn take(&self) -> (u64, u64) {
+        (
+            self.sent.swap(0, Ordering::Relaxed),
+            self.received.swap(0, Ordering::Relaxed),
+        )
+    }
+}
+
+/// Bytes of a message on the wire, its length in front included. Messages are few and short: encoding them once more
+/// costs nothing.
+fn framed_bytes(message: &Control) -> u64 {
+    (size_of::<u32>() + message.encode().len()) as u64
+}
+
 /// See the module.
 pub(super) struct Shared {
     machine: Mutex<StepMachine>,
+    pub(super) control: ControlBytes,
     inner: Mutex<Inner>,
     /// Something to do for the engine.
     work: Condvar,
@@ -62,6 +97,7 @@ impl Shared {
     pub(super) fn new(machine: StepMachine, queue_bytes: usize) -> Self {
         Self {
             machine: Mutex::new(machine),
+            control: ControlBytes::default(),
             inner: Mutex::new(Inner {
                 from_shards: VecDeque::new(),
                 from_trainer: VecDeque::new(),

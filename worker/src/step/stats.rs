@@ -14,7 +14,7 @@ pub struct ByteCounts {
     pub values: u64,
     /// Dense tensors, and everything in dense rounds.
     pub dense: u64,
-    /// Frame headers; sessions add their control messages.
+    /// Frame headers; a session adds its control messages to the step in which they went.
     pub control: u64,
 }
 
