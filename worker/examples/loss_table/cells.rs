@@ -18,7 +18,7 @@ impl Cell {
         let algorithm = AlgorithmConfig {
             compressor: Compressor::Dense,
             density: 1.0,
-            ..AlgorithmConfig::default()
+            ..base()
         };
         Self {
             algorithm: values(algorithm, ValueType::F32),
@@ -28,10 +28,7 @@ impl Cell {
     }
 
     fn sparse(density: f32, value_type: ValueType, optimizer: OptimizerChoice) -> Self {
-        let algorithm = AlgorithmConfig {
-            density,
-            ..AlgorithmConfig::default()
-        };
+        let algorithm = AlgorithmConfig { density, ..base() };
         Self {
             algorithm: values(algorithm, value_type),
             optimizer,
@@ -46,7 +43,7 @@ impl Cell {
 
     /// A name that tells cells apart, and stays the same between versions of this program: finished runs are found by it.
     pub(crate) fn name(&self) -> String {
-        let (a, default) = (&self.algorithm, AlgorithmConfig::default());
+        let (a, base) = (&self.algorithm, base());
         let optimizer = match self.optimizer {
             OptimizerChoice::Sgd => "sgd".to_owned(),
             OptimizerChoice::AdamW => "adamw".to_owned(),
@@ -73,28 +70,49 @@ impl Cell {
                 name.push_str(&text);
             }
         };
-        note(a.selection != default.selection, "pooled".to_owned());
+        note(a.selection == SelectionPolicy::Pooled, "pooled".to_owned());
         note(
-            a.block_width != default.block_width,
+            a.block_width != base.block_width,
             format!("block{}", a.block_width),
         );
         note(
-            a.sketch_rank != default.sketch_rank,
+            a.sketch_rank != base.sketch_rank,
             format!("rank{}", a.sketch_rank),
         );
         note(
-            a.feedback_decay != default.feedback_decay,
+            a.feedback_decay != base.feedback_decay,
             format!("decay{}", a.feedback_decay),
         );
         note(
-            a.warmup_updates != default.warmup_updates,
+            a.warmup_updates != base.warmup_updates,
             format!("warmup{}", a.warmup_updates),
         );
         note(
-            a.wire_sketch != default.wire_sketch,
+            a.wire_sketch != base.wire_sketch,
             format!("sketch-{}", lower(a.wire_sketch)),
         );
+        note(
+            a.wire_dense != base.wire_dense,
+            format!("dense-{}", lower(a.wire_dense)),
+        );
         name
+    }
+}
+
+/// What a cell has where its name does not say otherwise: never the defaults, which may follow the table.
+fn base() -> AlgorithmConfig {
+    AlgorithmConfig {
+        feedback: Feedback::Ef14,
+        feedback_decay: 1.0,
+        sketch_rank: 4,
+        selection: SelectionPolicy::PerTensor,
+        block_width: 0,
+        wire_sketch: ValueType::Bf16,
+        wire_dense: ValueType::F32,
+        quant_block: 64,
+        warmup_updates: 20,
+        ramp_updates: 0,
+        ..AlgorithmConfig::default()
     }
 }
 
@@ -137,6 +155,14 @@ pub(crate) fn default_cells() -> Vec<Cell> {
     );
     cells.extend([0, 10].map(|updates| int4(0.2).with(|a| a.warmup_updates = updates)));
     cells.push(int4(0.05).with(|a| a.feedback_decay = 0.95));
+    // A warm-up that costs less.
+    for (density, wire) in [(0.2, Int8), (0.2, Int4), (0.4, Int8)] {
+        cells.push(int4(density).with(frugal).with(|a| a.wire_dense = wire));
+    }
+    cells.push(Cell {
+        cap: 8,
+        ..int4(0.2).with(frugal).with(|a| a.wire_dense = Int8)
+    });
     let rules = [Feedback::None, Feedback::Ef21, Feedback::Ef21m];
     cells.extend(rules.map(|rule| int4(0.2).with(|a| a.feedback = rule)));
     let others = [Compressor::Randk, Compressor::Topk];
