@@ -13,6 +13,7 @@
 
 pub mod compress;
 pub mod config;
+mod elementary;
 pub mod ids;
 pub mod metrics;
 pub mod optim;

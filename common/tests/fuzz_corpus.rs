@@ -90,6 +90,23 @@ fn control_messages() {
 }
 
 #[test]
+fn hellos_with_schedules_at_the_ends_of_their_type() {
+    for seed in seeds("control") {
+        let Ok(Control::Hello(hello)) = Control::decode(&seed) else {
+            continue;
+        };
+        for updates in [1 << 40, (1 << 40) + 1, u64::MAX] {
+            for (warmup, ramp) in [(updates, 0), (0, updates), (updates, updates)] {
+                let mut hello = hello.clone();
+                hello.plan.algorithm.warmup_updates = warmup;
+                hello.plan.algorithm.ramp_updates = ramp;
+                any_bytes::control(&Control::Hello(hello).encode());
+            }
+        }
+    }
+}
+
+#[test]
 fn headers() {
     run("header", any_bytes::header);
 }

@@ -115,7 +115,7 @@ fn steps(c: &mut Criterion) {
             ValueType::Bf16,
         ),
         (
-            "arc 0.2 int4 ef21m",
+            "arc 0.2 int4/f32 ef21m",
             Compressor::Arc,
             Feedback::Ef21m,
             0.2,
@@ -142,7 +142,11 @@ fn steps(c: &mut Criterion) {
             feedback,
             density,
             wire_up: wire,
-            wire_down: wire,
+            wire_down: if feedback == Feedback::Ef21m {
+                ValueType::F32
+            } else {
+                wire
+            },
             warmup_updates: 0,
             ..AlgorithmConfig::default()
         };

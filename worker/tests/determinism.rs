@@ -27,14 +27,22 @@ const COMPRESSORS: [Compressor; 4] = [
 ];
 
 fn lossy(compressor: Compressor, feedback: Feedback) -> AlgorithmConfig {
-    AlgorithmConfig {
+    allowed(AlgorithmConfig {
         compressor,
         wire_up: ValueType::Int4,
         wire_down: ValueType::Int8,
         wire_sketch: ValueType::Bf16,
         wire_dense: ValueType::F16,
         ..algorithm(feedback, 0.3)
+    })
+}
+
+/// The same with the exact mean that ef21's estimates need.
+fn allowed(mut algorithm: AlgorithmConfig) -> AlgorithmConfig {
+    if algorithm.keeps_estimates() {
+        (algorithm.wire_down, algorithm.wire_dense) = (ValueType::F32, ValueType::F32);
     }
+    algorithm
 }
 
 fn run(spec: &PlanSpec, order_seed: Option<u64>) -> Vec<Vec<u32>> {
@@ -275,7 +283,7 @@ prop_compose! {
         ramp_updates in 0u64..3,
         (wire_up, wire_down, wire_sketch, wire_dense) in (wire(), wire(), wire(), wire()),
     ) -> AlgorithmConfig {
-        AlgorithmConfig {
+        allowed(AlgorithmConfig {
             compressor,
             init: if zeros { Init::Zeros } else { Init::FirstGradient },
             projection: if gaussian { ProjectionKind::Gaussian } else { ProjectionKind::Rademacher },
@@ -291,7 +299,7 @@ prop_compose! {
             wire_dense,
             quant_block: 16,
             ..algorithm(feedback, density)
-        }
+        })
     }
 }
 

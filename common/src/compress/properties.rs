@@ -262,6 +262,20 @@ proptest! {
     }
 
     #[test]
+    fn trap_10_the_estimate_stays_the_mean_of_the_workers(
+        value_type in prop::sample::select(vec![ValueType::F32, ValueType::Bf16, ValueType::F16, ValueType::Int8, ValueType::Int4]),
+        compressor in prop::sample::select(vec![Compressor::Arc, Compressor::Randk, Compressor::Topk]),
+        feedback in prop::sample::select(vec![Feedback::Ef21, Feedback::Ef21m]),
+        reference: bool, workers in 1usize..5, rows in 1usize..25, width in 1usize..20, density in 0.05f32..1.0, seed in 0u32..1000,
+    ) {
+        let mut round = round(compressor, density, width, 0, ValueCodec { value_type, quant_block: 16 });
+        // What settings allow: the mean comes back exactly.
+        round.codecs.dense = F32;
+        let kernels: &'static dyn Kernels = if reference { &Reference } else { &Fast };
+        estimates_stay_equal(kernels, feedback, &round, (workers, rows, width), seed);
+    }
+
+    #[test]
     fn sent_and_residual_are_the_input_whatever_the_wire_rounds(
         value_type in prop::sample::select(vec![ValueType::F32, ValueType::Bf16, ValueType::F16, ValueType::Int8, ValueType::Int4]),
         compressor in prop::sample::select(vec![Compressor::Arc, Compressor::Randk, Compressor::Topk, Compressor::Dense]),
@@ -301,6 +315,37 @@ proptest! {
                 assert_close("sent + residual", &kept, &input);
             }
         }
+    }
+}
+
+/// Trap 10 under ef21 and ef21m: whatever wire_up rounds, H stays the mean of all h, through dense rounds too.
+fn estimates_stay_equal(
+    kernels: &'static dyn Kernels,
+    feedback: Feedback,
+    round: &Round<'_>,
+    sizes: (usize, usize, usize),
+    seed: u32,
+) {
+    let (workers, rows, width) = sizes;
+    let mut states = vec![TensorState::new(feedback, rows, width); workers];
+    for step in 0..6 {
+        let round = Round {
+            kernels,
+            key: ProjectionKey { step, ..round.key },
+            kind: if step == 2 {
+                RoundKind::Dense
+            } else {
+                round.kind
+            },
+            ..*round
+        };
+        let mut buffers: Vec<_> = (0..workers)
+            .map(|i| gradient(seed + i as u32 * 50 + step as u32, rows, width))
+            .collect();
+        round.run(&mut states, &mut buffers);
+        let all: Vec<_> = states.iter().map(|s| s.local.clone()).collect();
+        assert_close("H = mean h", &mean(&all), &states[0].global);
+        assert!(states.iter().all(|s| s.global == states[0].global));
     }
 }
 

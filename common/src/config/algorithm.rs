@@ -2,6 +2,7 @@
 
 use super::setting::{SettingError, check_density, require};
 use crate::compress::ValueCodec;
+use crate::elementary::{exp, ln};
 use serde::{Deserialize, Serialize};
 
 /// How a compressible tensor is thinned out before it travels.
@@ -95,7 +96,8 @@ pub struct AlgorithmConfig {
     /// How a compressible tensor is thinned out before it travels.
     #[arg(long, env = "ARC_COMPRESSOR", value_enum, default_value_t = Self::default().compressor)]
     pub compressor: Compressor,
-    /// What becomes of the part of a gradient that was not sent. ef14 trains best with adaptive optimizers.
+    /// What becomes of the part of a gradient that was not sent. ef14 trains best with adaptive optimizers. ef21 and
+    /// ef21m need wire_down and wire_dense f32, and end with the first worker that is lost.
     #[arg(long, env = "ARC_FEEDBACK", value_enum, default_value_t = Self::default().feedback)]
     pub feedback: Feedback,
     /// How ef21 and ef21m start: from one dense round, or from zeros.
@@ -131,13 +133,14 @@ pub struct AlgorithmConfig {
     /// Type of the values that workers push. What rounding loses goes into the feedback state.
     #[arg(long, env = "ARC_WIRE_UP", value_enum, default_value_t = Self::default().wire_up)]
     pub wire_up: ValueType,
-    /// Type of the mean that shards return.
+    /// Type of the mean that shards return. Its rounding is lost: ef21 and ef21m need f32.
     #[arg(long, env = "ARC_WIRE_DOWN", value_enum, default_value_t = Self::default().wire_down)]
     pub wire_down: ValueType,
     /// Type of sketches.
     #[arg(long, env = "ARC_WIRE_SKETCH", value_enum, default_value_t = Self::default().wire_sketch)]
     pub wire_sketch: ValueType,
-    /// Type of dense tensors and dense rounds, both directions. Their rounding has no feedback: f32 or bf16 is wise.
+    /// Type of dense tensors and dense rounds, both directions. What rounding loses on the way up goes into the residual;
+    /// the mean's rounding is lost: f32 or bf16 is wise. ef21 and ef21m need f32.
     #[arg(long, env = "ARC_WIRE_DENSE", value_enum, default_value_t = Self::default().wire_dense)]
     pub wire_dense: ValueType,
     /// Values that share a scale in int8 and int4, 8..=4096.
@@ -183,6 +186,9 @@ impl Default for AlgorithmConfig {
         }
     }
 }
+
+/// Most updates that the warm-up and the ramp may each last: above any job, and their sum is far from an overflow.
+pub const MAX_SCHEDULE_UPDATES: u64 = 1 << 40;
 
 /// What one round does with the compressible tensors.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -273,7 +279,50 @@ impl AlgorithmConfig {
             "pooled",
             "per-tensor with compressor randk",
             advice,
-        )
+        )?;
+        self.validate_schedule()?;
+        self.validate_estimates()
+    }
+
+    fn validate_schedule(&self) -> Result<(), SettingError> {
+        let schedule = [
+            ("warmup_updates", self.warmup_updates),
+            ("ramp_updates", self.ramp_updates),
+        ];
+        schedule.into_iter().try_for_each(|(name, updates)| {
+            require(
+                updates <= MAX_SCHEDULE_UPDATES,
+                name,
+                updates,
+                "at most 1099511627776",
+                "it is a number of updates; compressor dense never compresses",
+            )
+        })
+    }
+
+    /// ef21's H is the mean of the workers' h only while it moves by the exact mean of what they moved by.
+    fn validate_estimates(&self) -> Result<(), SettingError> {
+        let wires = [
+            ("wire_down", self.wire_down),
+            ("wire_dense", self.wire_dense),
+        ];
+        wires.into_iter().try_for_each(|(name, value_type)| {
+            require(
+                !self.keeps_estimates() || value_type == ValueType::F32,
+                name,
+                format!("{value_type:?}").to_lowercase(),
+                "f32 with feedback ef21 or ef21m",
+                "what rounding the mean loses would stay in their estimate for ever; wire_up may be any type, and feedback ef14 takes any",
+            )
+        })
+    }
+
+    /// Whether workers keep ef21's estimates: h of their own gradient, and H, which must be the mean of all h. Without
+    /// compression there is nothing to estimate.
+    #[must_use]
+    pub fn keeps_estimates(&self) -> bool {
+        self.compressor != Compressor::Dense
+            && matches!(self.feedback, Feedback::Ef21 | Feedback::Ef21m)
     }
 
     /// What the round of update number `update` (counted from 0, skipped rounds not counted) does.
@@ -291,7 +340,7 @@ impl AlgorithmConfig {
     }
 
     /// Density at update number `update` of tensors whose density after the ramp is `density` (the job's or
-    /// their own). Sparse rounds only; during the warm-up it is 1.
+    /// their own). Sparse rounds only; during the warm-up it is 1. The same bits on every machine.
     #[must_use]
     pub fn density_at(&self, update: u64, density: f32) -> f32 {
         let Some(since) = update.checked_sub(self.warmup_updates) else {
@@ -301,8 +350,8 @@ impl AlgorithmConfig {
             return density;
         }
         // Geometric, so that each update multiplies the bytes by the same factor.
-        let t = (since + 1) as f32 / (self.ramp_updates + 1) as f32;
-        density.powf(t).min(1.0)
+        let t = (since + 1) as f64 / (self.ramp_updates + 1) as f64;
+        (exp(t * ln(f64::from(density))) as f32).min(1.0)
     }
 
     /// How compressed rows travel up.

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::*;
-use crate::config::algorithm::{Compressor, ValueType};
+use crate::config::algorithm::{Compressor, Feedback, MAX_SCHEDULE_UPDATES, ValueType};
 use clap::{CommandFactory, Parser, Subcommand};
 use std::ffi::OsString;
 use std::path::PathBuf;
@@ -279,6 +279,83 @@ fn ranges_of_training_are_checked() {
     assert_eq!(train("--resume --checkpoint-dir x"), Ok(()));
     for preset in ["tiny", "60m", "130m", "350m", "1b"] {
         assert_eq!(train(&format!("--model {preset}")), Ok(()));
+    }
+}
+
+#[test]
+fn schedules_are_bounded() {
+    let config = |warmup_updates, ramp_updates| AlgorithmConfig {
+        warmup_updates,
+        ramp_updates,
+        ..AlgorithmConfig::default()
+    };
+    let most = MAX_SCHEDULE_UPDATES;
+    config(most, most).validate().unwrap();
+    let problem = |config: AlgorithmConfig| config.validate().unwrap_err().name;
+    assert_eq!(problem(config(most + 1, 0)), "warmup_updates");
+    assert_eq!(problem(config(0, u64::MAX)), "ramp_updates");
+}
+
+/// Bits of these powers, computed with 60 decimal digits and rounded to f32.
+#[test]
+fn the_ramp_has_the_same_bits_everywhere() {
+    let ramp = |density: f32, updates: u64| {
+        let config = AlgorithmConfig {
+            warmup_updates: 1,
+            ramp_updates: updates,
+            ..AlgorithmConfig::default()
+        };
+        let at = |update| config.density_at(update, density).to_bits();
+        (1..=updates).map(at).collect::<Vec<u32>>()
+    };
+    assert_eq!(ramp(0.001, 2), [0x3dcc_cccd, 0x3c23_d70b]);
+    assert_eq!(
+        ramp(0.2, 6),
+        [
+            0x3f4b_6abc,
+            0x3f21_a273,
+            0x3f00_6f35,
+            0x3ecc_1b78,
+            0x3ea2_2ee2,
+            0x3e80_decc
+        ]
+    );
+    let jump = AlgorithmConfig::default();
+    assert_eq!(jump.density_at(19, 0.2), 1.0);
+    assert_eq!(jump.density_at(20, 0.2), 0.2);
+    let longest = AlgorithmConfig {
+        warmup_updates: 0,
+        ramp_updates: MAX_SCHEDULE_UPDATES,
+        ..jump
+    };
+    assert_eq!(longest.density_at(0, f32::MIN_POSITIVE), 1.0);
+    assert_eq!(longest.density_at(MAX_SCHEDULE_UPDATES - 1, 0.2), 0.2);
+    assert_eq!(longest.density_at(u64::MAX, 0.2), 0.2);
+}
+
+#[test]
+fn estimates_need_an_exact_mean() {
+    for feedback in [Feedback::Ef21, Feedback::Ef21m] {
+        let config = |wire_down, wire_dense| AlgorithmConfig {
+            feedback,
+            wire_up: ValueType::Int4,
+            wire_down,
+            wire_dense,
+            ..AlgorithmConfig::default()
+        };
+        config(ValueType::F32, ValueType::F32).validate().unwrap();
+        let text = |config: AlgorithmConfig| config.validate().unwrap_err().to_string();
+        assert_eq!(
+            text(config(ValueType::Int4, ValueType::F32)),
+            "wire_down is int4, but must be f32 with feedback ef21 or ef21m: what rounding the mean loses would stay in \
+             their estimate for ever; wire_up may be any type, and feedback ef14 takes any"
+        );
+        assert!(text(config(ValueType::F32, ValueType::Bf16)).starts_with("wire_dense is bf16"));
+        let dense = AlgorithmConfig {
+            compressor: Compressor::Dense,
+            ..config(ValueType::Int4, ValueType::Bf16)
+        };
+        dense.validate().unwrap();
     }
 }
 

@@ -10,7 +10,7 @@ use crate::config::algorithm::{Compressor, SelectionPolicy, ValueType};
 use crate::ids::{BucketId, ShardId};
 use crate::plan::{DType, Plan, PlanSpec, TensorSpec};
 
-/// A control message; an accepted plan is built as a shard would.
+/// A control message; an accepted plan and its rounds are built as a shard would.
 ///
 /// # Panics
 /// If an accepted message has another encoding.
@@ -27,7 +27,25 @@ pub fn control(bytes: &[u8]) {
                 shards: 1,
                 ..hello.plan.clone()
             });
-            let _ = Plan::build(hello.plan);
+            if let Ok(plan) = Plan::build(hello.plan) {
+                rounds(&plan);
+            }
+        }
+    }
+}
+
+/// Rounds of a plan at both ends of its schedule and on its ramp.
+fn rounds(plan: &Plan) {
+    let warmup = plan.spec.algorithm.warmup_updates;
+    for bucket in plan.buckets.iter().take(16) {
+        for shard in (0..plan.spec.shards.min(16)).map(ShardId) {
+            for update in [0, warmup, warmup + 1, u64::MAX] {
+                let shape = RoundShape::new(plan, bucket.id, shard, update);
+                for phase in shape.phases() {
+                    // Limits are sums over the plan, which must not overflow either.
+                    let _ = (shape.body_limit(phase.up), shape.body_limit(phase.down));
+                }
+            }
         }
     }
 }

@@ -163,8 +163,10 @@ pub(crate) fn default_cells() -> Vec<Cell> {
         cap: 8,
         ..int4(0.2).with(frugal).with(|a| a.wire_dense = Int8)
     });
-    let rules = [Feedback::None, Feedback::Ef21, Feedback::Ef21m];
-    cells.extend(rules.map(|rule| int4(0.2).with(|a| a.feedback = rule)));
+    cells.push(int4(0.2).with(|a| a.feedback = Feedback::None));
+    // Their estimates need the mean as it is.
+    let rules = [Feedback::Ef21, Feedback::Ef21m];
+    cells.extend(rules.map(|rule| int4(0.2).with(|a| (a.feedback, a.wire_down) = (rule, F32))));
     let others = [Compressor::Randk, Compressor::Topk];
     cells.extend(others.map(|other| int4(0.2).with(|a| a.compressor = other)));
     cells.push(Cell::sparse(0.2, Int8, CatchUpAdamW));

@@ -6,7 +6,7 @@ use crate::record::{RunSummary, StepRecord, read_steps, read_summary};
 use crate::reducer::{Reducer, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::config::algorithm::Feedback;
+use arc_topk_common::config::algorithm::{Feedback, ValueType};
 use arc_topk_common::config::train::TrainArgs;
 use arc_topk_common::ids::{Rank, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
@@ -286,6 +286,7 @@ fn sparse(feedback: Feedback) -> AlgorithmConfig {
         warmup_updates: 1,
         density: 0.25,
         dense_below_elements: 64,
+        wire_down: ValueType::F32,
         ..AlgorithmConfig::default()
     }
 }
