@@ -2,7 +2,7 @@
 
 use super::event::{Action, Observation, Report, SessionId};
 use super::rounds::Rounds;
-use super::{JOIN_GRACE, Job, Shard, refuse};
+use super::{JOIN_GRACE, Job, LAST_START_STEP, Shard, refuse};
 use arc_topk_common::ids::{Epoch, Rank, ShardId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{Control, Hello, PROTOCOL_VERSION, RefusalCode, Welcome};
@@ -14,6 +14,7 @@ use std::sync::Arc;
 #[derive(Clone, Debug)]
 pub(super) struct Session {
     pub(super) host: String,
+    pub(super) incarnation: [u8; 16],
     pub(super) rank: Option<Rank>,
     pub(super) since: Duration,
     pub(super) report: Option<Report>,
@@ -75,7 +76,7 @@ pub(super) enum Departure {
     Lost(String),
 }
 
-struct Refusal(RefusalCode, String);
+pub(super) struct Refusal(pub(super) RefusalCode, pub(super) String);
 
 impl Shard {
     pub(super) fn hello(
@@ -85,20 +86,26 @@ impl Shard {
         hello: Hello,
         out: &mut Vec<Action>,
     ) {
-        if self.sessions.contains_key(&session) {
+        if self.knows(session) {
             let detail =
                 "a second Hello came on one connection: run the same release everywhere".to_owned();
             return self.violation(now, session, detail, out);
         }
-        let host = hello.host.clone();
-        let rank = match self.admit(now, session, hello) {
+        let rank = match self.admit(now, session, &hello) {
             Ok(rank) => rank,
-            Err(Refusal(code, detail)) => return refuse(session, code, &detail, out),
+            Err(refusal) => {
+                if let Err(Refusal(code, detail)) = self.put_off(now, session, hello, refusal) {
+                    refuse(session, code, &detail, out);
+                }
+                return;
+            }
         };
+        let host = hello.host;
         self.sessions.insert(
             session,
             Session {
                 host: host.clone(),
+                incarnation: hello.incarnation,
                 rank,
                 since: now,
                 report: None,
@@ -124,13 +131,13 @@ impl Shard {
         &mut self,
         now: Duration,
         session: SessionId,
-        hello: Hello,
+        hello: &Hello,
     ) -> Result<Option<Rank>, Refusal> {
-        self.check_identity(&hello)?;
-        self.check_job(&hello)?;
+        self.check_identity(hello)?;
+        self.check_job(hello)?;
         let coordinator = self.config.shard == ShardId(0);
         if self.job.is_none() {
-            self.job = Some(self.new_job(now, &hello)?);
+            self.job = Some(self.new_job(now, hello)?);
         }
         let job = self.job.as_mut().expect("made above");
         match (&mut job.members, hello.rank) {
@@ -152,7 +159,7 @@ impl Shard {
         }
     }
 
-    fn check_identity(&self, hello: &Hello) -> Result<(), Refusal> {
+    pub(super) fn check_identity(&self, hello: &Hello) -> Result<(), Refusal> {
         let config = &self.config;
         if hello.protocol != PROTOCOL_VERSION {
             return Err(Refusal(
@@ -200,6 +207,15 @@ impl Shard {
                 ),
             ));
         }
+        if hello.start_step > LAST_START_STEP {
+            return Err(Refusal(
+                RefusalCode::Step,
+                format!(
+                    "the worker starts at step {}, above the limit of {LAST_START_STEP}: its checkpoint is damaged; resume from another one",
+                    hello.start_step
+                ),
+            ));
+        }
         if hello.rank.is_none() && config.shard != ShardId(0) {
             return Err(Refusal(
                 RefusalCode::Rank,
@@ -222,7 +238,7 @@ impl Shard {
     }
 
     /// Checks against the job as it stands, if there is one.
-    fn check_job(&self, hello: &Hello) -> Result<(), Refusal> {
+    pub(super) fn check_job(&self, hello: &Hello) -> Result<(), Refusal> {
         let Some(job) = &self.job else {
             return Ok(());
         };
@@ -391,6 +407,9 @@ impl Shard {
         how: Departure,
         out: &mut Vec<Action>,
     ) {
+        if self.successors.remove(&session).is_some() {
+            return;
+        }
         let Some(gone) = self.sessions.remove(&session) else {
             return;
         };
@@ -436,25 +455,25 @@ impl Shard {
         how: &Departure,
         out: &mut Vec<Action>,
     ) {
+        let reason = match how {
+            Departure::Left => format!("rank {rank} ({host}) left"),
+            Departure::Lost(reason) => format!("rank {rank} ({host}) was lost: {reason}"),
+        };
+        let minimum = self.minimum();
         let Some(job) = &mut self.job else {
             return;
         };
         let live = job.members.live();
-        // An orderly leave ends no job by itself: at the end of training all leave, one after the other.
-        if let Departure::Lost(reason) = how
-            && live.len() < usize::from(self.config.min_workers)
-        {
-            let cause = format!("rank {rank} ({host}) was lost: {reason}");
-            return self.too_few(now, &cause, out);
+        // An orderly leave ends no job by itself: at the end of training all leave, one after the other. One that
+        // leaves rounds behind is early.
+        let early = job.keeps_estimates() && job.rounds.open().next().is_some();
+        if live.len() < minimum && (matches!(how, Departure::Lost(_)) || early) {
+            return self.too_few(now, &reason, out);
         }
         let Members::Running { epoch, joined, .. } = &mut job.members else {
             return;
         };
         epoch.0 = epoch.0.saturating_add(1);
-        let reason = match how {
-            Departure::Left => format!("rank {rank} ({host}) left"),
-            Departure::Lost(reason) => format!("rank {rank} ({host}) was lost: {reason}"),
-        };
         let message = Control::Membership {
             epoch: *epoch,
             members: live.iter().copied().collect(),
@@ -467,13 +486,30 @@ impl Shard {
         self.advance_all(now, out);
     }
 
+    /// Fewer live workers than this end the job. ef21's result is the mean of the estimates of *all* workers: one that goes
+    /// takes its own along, and the mean of the others is another.
+    pub(super) fn minimum(&self) -> usize {
+        let all = self.job.as_ref().is_some_and(Job::keeps_estimates);
+        usize::from(if all {
+            self.config.world
+        } else {
+            self.config.min_workers
+        })
+    }
+
     /// Ends the job because fewer than the minimum are left.
     pub(super) fn too_few(&mut self, now: Duration, cause: &str, out: &mut Vec<Action>) {
         let left = self.job.as_ref().map_or(0, |job| job.members.live().len());
-        let minimum = self.config.min_workers;
-        let detail = format!(
-            "{left} of the at least {minimum} workers are left ({cause}): start the job again from its last checkpoint, or lower --min-workers"
-        );
+        let minimum = self.minimum();
+        let detail = if self.job.as_ref().is_some_and(Job::keeps_estimates) {
+            format!(
+                "{left} of {minimum} workers are left ({cause}), and feedback ef21 and ef21m need all to the end, since each holds a part of the estimate: start all again from the last checkpoint, or use --feedback ef14, which bears losses"
+            )
+        } else {
+            format!(
+                "{left} of the at least {minimum} workers are left ({cause}): start the job again from its last checkpoint, or lower --min-workers"
+            )
+        };
         if let Some(job) = &mut self.job {
             job.rounds.abandon(now, out);
         }

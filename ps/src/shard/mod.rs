@@ -7,8 +7,12 @@
 //! `empty → gathering → running → empty`. Shard 0 gathers until the world is complete, then gives ranks: those asked
 //! for, else the lowest free in order of arrival. The other shards admit the ranks that shard 0 gave at once, and wait in
 //! their rounds for those that are still on their way. A member that leaves, is lost or breaks the
-//! protocol is removed, the epoch grows, and open rounds close with those present. When nobody
+//! protocol is removed, the epoch grows, and open rounds close with those present; under ef21's rules, whose estimates
+//! a lost worker takes along, the job ends instead. When nobody
 //! is left the shard is ready for another start of the job.
+//!
+//! Shards notice at different moments that workers have died, so that shard 0 may begin the next start of the job while
+//! another shard still has members of the last: there its workers wait until the dead ones are gone (`successors.rs`).
 //!
 //! # Rounds
 //! Keyed by (step, bucket); see `round.rs`. Steps are accepted in a window of two: the
@@ -29,6 +33,7 @@ mod members;
 mod round;
 mod rounds;
 mod status;
+mod successors;
 #[cfg(test)]
 mod tests;
 mod union;
@@ -49,11 +54,15 @@ use rounds::Rounds;
 use status::Board;
 use std::collections::BTreeMap;
 use std::sync::Arc;
+use successors::Successor;
 
 /// Steps beyond the current one that a frame may name.
 pub const STEP_WINDOW: u64 = 1;
-/// After the first worker, how long a shard other than 0 waits for the ranks that have not come yet.
-pub const JOIN_GRACE: Duration = Duration::from_secs(30);
+/// After the first worker, how long a shard other than 0 waits for the ranks that have not come yet. Workers dial all
+/// shards at once, so this is several times the longest attempt that succeeds.
+pub const JOIN_GRACE: Duration = Duration::from_secs(10);
+/// Highest step at which a job may start: steps that follow never come near the end of their type.
+pub const LAST_START_STEP: Step = Step(1 << 62);
 
 /// Bounds beyond those that the plan implies.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -82,6 +91,12 @@ struct Job {
     rounds: Rounds,
 }
 
+impl Job {
+    fn keeps_estimates(&self) -> bool {
+        self.plan.spec.algorithm.keeps_estimates()
+    }
+}
+
 /// How much the machine holds now.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Load {
@@ -93,7 +108,7 @@ pub struct Load {
     pub open_rounds: usize,
     /// Bytes of frames that wait for their turn.
     pub parked_bytes: usize,
-    /// Newest step that a worker reported, and the mean of all workers' latest losses.
+    /// Newest step that a worker reported, and the mean of all workers' latest losses that are finite; NaN if none is.
     pub training: Option<(Step, f64)>,
 }
 
@@ -104,6 +119,8 @@ pub struct Shard {
     limits: Limits,
     job: Option<Job>,
     sessions: BTreeMap<SessionId, Session>,
+    /// Never on shard 0.
+    successors: BTreeMap<SessionId, Successor>,
     board: Board,
 }
 
@@ -122,6 +139,7 @@ impl Shard {
             limits,
             job: None,
             sessions: BTreeMap::new(),
+            successors: BTreeMap::new(),
             board: Board::default(),
         }
     }
@@ -161,11 +179,10 @@ impl Shard {
         };
         let reports: Vec<Report> = self.sessions.values().filter_map(|s| s.report).collect();
         let step = reports.iter().map(|report| report.step).max();
-        let loss = reports
-            .iter()
-            .map(|report| f64::from(report.loss))
-            .sum::<f64>()
-            / reports.len() as f64;
+        // One worker's overflow says nothing of the others' losses.
+        let finite = reports.iter().map(|report| f64::from(report.loss));
+        let finite: Vec<f64> = finite.filter(|loss| loss.is_finite()).collect();
+        let loss = finite.iter().sum::<f64>() / finite.len() as f64;
         Load {
             members: job.members.count() as u16,
             epoch: job.members.epoch(),
@@ -202,10 +219,14 @@ impl Shard {
                     self.config.shard
                 );
                 self.end_job(RefusalCode::Shutdown, &detail, out);
+                for session in core::mem::take(&mut self.successors).into_keys() {
+                    refuse(session, RefusalCode::Shutdown, &detail, out);
+                }
             }
             Event::Tick => {}
         }
         self.drop_awaited_too_long(now, out);
+        self.attend_successors(now, out);
         let observed = out[first..].iter().filter_map(|action| match action {
             Action::Observe(observation) => Some(observation),
             _ => None,
@@ -214,16 +235,21 @@ impl Shard {
     }
 
     fn report(&mut self, session: SessionId, report: Report, out: &mut Vec<Action>) {
-        let Some(member) = self.sessions.get_mut(&session) else {
+        let (Some(member), Some(job)) = (self.sessions.get_mut(&session), &self.job) else {
             return;
         };
+        // A report follows its step. (A shard that owns nothing of any bucket sees no steps.)
+        if job.rounds.buckets_here() > 0 && report.step > job.rounds.step() {
+            return;
+        }
         member.report = Some(report);
         if let Some(rank) = member.rank {
             out.push(Action::Observe(Observation::Reported { rank, report }));
         }
     }
 
-    /// Refuses a peer for what it did, and removes it if it was a member.
+    /// Refuses a peer for what it did, and removes it. One that is gone already is left alone: what was under way when
+    /// it was removed is no further offence.
     fn violation(
         &mut self,
         now: Duration,
@@ -231,8 +257,16 @@ impl Shard {
         detail: String,
         out: &mut Vec<Action>,
     ) {
+        if !self.knows(session) {
+            return;
+        }
         refuse(session, RefusalCode::Protocol, &detail, out);
         self.depart(now, session, Departure::Lost(detail), out);
+    }
+
+    /// Whether the session said Hello and was not removed since.
+    fn knows(&self, session: SessionId) -> bool {
+        self.sessions.contains_key(&session) || self.successors.contains_key(&session)
     }
 
     /// Tells every session why, closes all, and forgets the job.

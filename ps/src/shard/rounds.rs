@@ -236,15 +236,19 @@ impl Shard {
         body: Bytes,
         out: &mut Vec<Action>,
     ) {
-        match self.accept_frame(now, session, header, body) {
-            Ok(()) => {}
-            Err(detail) => return self.violation(now, session, detail, out),
+        if !self.knows(session) {
+            // Removed while the frame was under way.
+            return;
         }
+        if let Err(detail) = self.accept_frame(now, session, header, body) {
+            return self.violation(now, session, detail, out);
+        }
+        let minimum = self.minimum();
         let Some(job) = &mut self.job else {
             return;
         };
         let live = job.members.live();
-        if live.len() < usize::from(self.config.min_workers) {
+        if live.len() < minimum {
             return self.too_few(now, "the others left", out);
         }
         if let Some(due) = job.rounds.due_of((header.step, header.bucket), &live) {

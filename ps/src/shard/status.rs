@@ -177,7 +177,11 @@ struct LossCurve {
 }
 
 impl LossCurve {
+    /// Reports come in order of their steps; one that is late or false draws nothing.
     fn add(&mut self, step: Step, loss: f32) {
+        if self.newest().is_some_and(|newest| step < newest.step) {
+            return;
+        }
         if let Some((current, sum, count)) = &mut self.current
             && *current == step
         {
@@ -186,14 +190,8 @@ impl LossCurve {
             return;
         }
         if let Some(point) = self.newest() {
-            // A job that started anew draws a new curve.
-            if step < point.step {
-                self.points.clear();
-                self.stride = 1;
-            }
             let stride = self.stride.max(1);
-            if step >= point.step && (point.step.0.is_multiple_of(stride) || self.points.is_empty())
-            {
+            if point.step.0.is_multiple_of(stride) || self.points.is_empty() {
                 self.points.push(point);
             }
         }
@@ -245,12 +243,20 @@ impl Board {
             Observation::Joined {
                 host, joined, rank, ..
             } => {
+                // Shards other than 0 see no Started: the job begins with its first worker.
+                if *joined == 1 && rank.is_some() {
+                    self.loss = LossCurve::default();
+                }
                 let rank = rank.map_or(String::new(), |rank| format!(" as rank {rank}"));
                 Some(format!("{host} joined{rank}; {joined} here"))
             }
-            Observation::Started { world, step, .. } => Some(format!(
-                "all {world} workers are here: starts at step {step}"
-            )),
+            Observation::Started { world, step, .. } => {
+                // A job that starts anew draws a new curve.
+                self.loss = LossCurve::default();
+                Some(format!(
+                    "all {world} workers are here: starts at step {step}"
+                ))
+            }
             Observation::Left { rank, remaining } => {
                 Some(format!("{} left; {remaining} remain", name(*rank)))
             }

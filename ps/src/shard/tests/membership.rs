@@ -1,4 +1,5 @@
 use super::*;
+use arc_topk_common::config::algorithm::Feedback;
 
 fn welcomes(actions: &[Action]) -> Vec<(u64, u16)> {
     let of = |(session, message)| match message {
@@ -179,6 +180,57 @@ fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
     let bytes = bench.shape(0).dense_layout().bytes;
     let actions = bench.send(1, 0, FrameKind::Dense, vec![0; bytes]);
     assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
+}
+
+/// Two workers under ef21, which goes on with all or none; one round is open.
+fn ef21(min_workers: u16) -> Bench {
+    let config = ShardConfig {
+        min_workers,
+        ..config(3)
+    };
+    let algorithm = AlgorithmConfig {
+        feedback: Feedback::Ef21,
+        ..algorithm(Compressor::Arc)
+    };
+    Bench::running_with(config, algorithm)
+}
+
+#[test]
+fn under_ef21_a_lost_worker_ends_the_job() {
+    let mut bench = ef21(1);
+    let actions = bench.lose(1);
+    let told = refusals(&actions);
+    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
+    assert_eq!(
+        told[0].2,
+        "2 of 3 workers are left (rank 1 (host:1) was lost: timed out), and feedback ef21 and ef21m need all to the end, since each holds a part of the estimate: start all again from the last checkpoint, or use --feedback ef14, which bears losses"
+    );
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
+#[test]
+fn under_ef21_leaving_early_ends_the_job_and_leaving_at_the_end_does_not() {
+    let leave = |session| Event::Leave {
+        session: SessionId(session),
+    };
+    let mut bench = ef21(1);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    // The first round of ef21 is dense.
+    bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
+    let told = refusals(&bench.handle(leave(1)));
+    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
+    assert!(told[0].2.contains("rank 1 (host:1) left"), "{}", told[0].2);
+
+    let mut bench = ef21(1);
+    assert_eq!(refusals(&bench.handle(leave(1))), []);
+    let told = refusals(&bench.send(0, 0, FrameKind::Dense, vec![0; bytes]));
+    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
+
+    let mut bench = ef21(1);
+    for session in 0..3 {
+        assert_eq!(refusals(&bench.handle(leave(session))), []);
+    }
+    assert_eq!(bench.shard.status(bench.now).totals.lost, 0);
 }
 
 #[test]

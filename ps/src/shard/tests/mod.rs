@@ -4,7 +4,9 @@
 mod hostile;
 mod membership;
 mod refusals;
+mod reports;
 mod rounds;
+mod successors;
 
 use super::*;
 use arc_topk_common::compress::ValueCodec;

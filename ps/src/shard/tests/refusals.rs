@@ -79,6 +79,11 @@ fn hellos() {
             RefusalCode::Step,
             "the worker starts at step 5, the others at step 0: resume all workers from checkpoints of one step",
         ),
+        (
+            refused(|h| h.start_step = Step(u64::MAX)),
+            RefusalCode::Step,
+            "the worker starts at step 18446744073709551615, above the limit of 4611686018427387904: its checkpoint is damaged; resume from another one",
+        ),
     ];
     for ((code, detail), expected, text) in cases {
         assert_eq!((code, detail.as_str()), (expected, text));
@@ -236,8 +241,14 @@ fn an_update_number_cannot_jump() {
 }
 
 #[test]
-fn rounds_before_hello_and_unreadable_peers() {
-    let mut bench = Bench::running(2, Compressor::Arc);
+fn rounds_before_the_welcome_and_unreadable_peers() {
+    let spec = spec(algorithm(Compressor::Arc));
+    let mut bench = Bench {
+        shard: Shard::new(config(2)),
+        now: Duration::ZERO,
+        plan: Plan::build(spec.clone()).unwrap(),
+    };
+    bench.hello(9, hello(&spec));
     let actions = bench.send(9, 0, FrameKind::Sketch, Vec::new());
     assert_eq!(
         refusals(&actions),
@@ -247,6 +258,7 @@ fn rounds_before_hello_and_unreadable_peers() {
             "a round frame came before the Welcome: say Hello and wait for it".to_owned()
         )]
     );
+    let mut bench = Bench::running(2, Compressor::Arc);
     let detail = "nonsense".to_owned();
     let actions = bench.handle(Event::Violation {
         session: SessionId(1),
@@ -256,6 +268,46 @@ fn rounds_before_hello_and_unreadable_peers() {
     let spec = bench.plan.spec.clone();
     let actions = bench.hello(0, hello(&spec));
     assert!(refusals(&actions)[0].2.starts_with("a second Hello"));
+}
+
+#[test]
+fn what_was_under_way_from_a_removed_worker_is_no_further_offence() {
+    let mut bench = Bench::running(2, Compressor::Dense);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    let violation = |detail: &str| Event::Violation {
+        session: SessionId(1),
+        detail: detail.to_owned(),
+    };
+    assert_eq!(refusals(&bench.handle(violation("the first"))).len(), 1);
+    assert_eq!(bench.send(1, 0, FrameKind::Dense, vec![0; bytes]), []);
+    assert_eq!(bench.send(1, 9, FrameKind::Dense, vec![0; 3]), []);
+    assert_eq!(bench.handle(violation("the second")), []);
+    let status = bench.shard.status(bench.now);
+    assert_eq!((status.totals.refused, status.totals.lost), (1, 1));
+    let told = status
+        .journal
+        .iter()
+        .filter(|line| line.text.starts_with("refused"));
+    assert_eq!(told.count(), 1);
+}
+
+#[test]
+fn a_job_may_start_at_the_last_step_that_is_allowed() {
+    let mut bench = Bench::running(1, Compressor::Dense);
+    let spec = bench.plan.spec.clone();
+    bench.lose(0);
+    let last = Hello {
+        start_step: LAST_START_STEP,
+        ..hello(&spec)
+    };
+    assert_eq!(refusals(&bench.hello(0, last)), []);
+    let bytes = bench.shape(0).dense_layout().bytes;
+    let actions = bench.send(0, LAST_START_STEP.0, FrameKind::Dense, vec![0; bytes]);
+    assert_eq!(answers(&actions).len(), 1);
+    assert_eq!(
+        bench.shard.status(bench.now).step,
+        Step(LAST_START_STEP.0 + 1)
+    );
 }
 
 #[test]

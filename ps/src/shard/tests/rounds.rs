@@ -351,6 +351,7 @@ fn the_last_one_is_the_straggler() {
 fn the_status_is_json_with_reports_and_losses() {
     let mut bench = Bench::running(2, Compressor::Dense);
     for step in 0..2000 {
+        super::reports::step(&mut bench, 2, step);
         let report = Report {
             step: Step(step),
             loss: 2.0,
