@@ -6,7 +6,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION, RefusalCode,
+    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION,
+    RefusalCode, Welcome,
 };
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Stage};
@@ -34,7 +35,6 @@ fn certs(dir: &Path) -> (Identity, Identity) {
 
 fn options(identity: Identity, world: u16) -> ServeOptions {
     let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    let quick = Duration::from_millis(300);
     ServeOptions {
         listen: any,
         admin: Some(any),
@@ -48,11 +48,17 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
             min_workers: 1,
         },
         chaos_delay: Duration::ZERO,
-        timeouts: Timeouts {
-            hello: quick,
-            header: quick,
-            body: quick,
-        },
+        timeouts: Timeouts::default(),
+    }
+}
+
+/// For tests that wait until they are over, and for no others: a slow machine takes longer than this.
+fn quick() -> Timeouts {
+    let patience = Duration::from_millis(300);
+    Timeouts {
+        hello: patience,
+        header: patience,
+        body: patience,
     }
 }
 
@@ -91,6 +97,8 @@ fn hello() -> Hello {
 struct Worker {
     connection: Connection,
     control: ControlStream,
+    /// Once welcomed.
+    rank: Option<Rank>,
 }
 
 impl Worker {
@@ -107,6 +115,7 @@ impl Worker {
         Self {
             connection,
             control,
+            rank: None,
         }
     }
 
@@ -130,7 +139,7 @@ impl Worker {
     async fn welcome(&mut self) -> Rank {
         loop {
             match self.message().await {
-                Control::Welcome(welcome) => return welcome.rank,
+                Control::Welcome(welcome) => return *self.rank.insert(welcome.rank),
                 Control::Waiting { .. } => {}
                 other => panic!("{other:?}"),
             }
@@ -169,8 +178,20 @@ async fn answer(recv: &mut RecvStream) -> (FrameHeader, Bytes) {
 
 /// A server and its welcomed workers.
 async fn running(dir: &Path, world: u16) -> (Server, Identity, Vec<Worker>) {
+    running_with(dir, world, Timeouts::default()).await
+}
+
+async fn running_with(
+    dir: &Path,
+    world: u16,
+    timeouts: Timeouts,
+) -> (Server, Identity, Vec<Worker>) {
     let (shard, worker) = certs(dir);
-    let server = Server::start(options(shard, world)).await.unwrap();
+    let options = ServeOptions {
+        timeouts,
+        ..options(shard, world)
+    };
+    let server = Server::start(options).await.unwrap();
     let mut workers = Vec::new();
     for _ in 0..world {
         workers.push(Worker::hello(&server, &worker, hello()).await);
@@ -188,6 +209,74 @@ async fn get(address: SocketAddr, path: &str) -> String {
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
     text
+}
+
+/// Waits until the metrics show this line.
+async fn shows(server: &Server, line: &str) {
+    for _ in 0..600 {
+        if server.metrics().lines().any(|shown| shown == line) {
+            return;
+        }
+        tokio::time::sleep(Duration::from_millis(50)).await;
+    }
+    panic!("{line} is not among\n{}", server.metrics());
+}
+
+/// Bytes of messages on a control stream.
+fn framed(messages: &[Control]) -> usize {
+    messages.iter().map(|m| 4 + m.encode().len()).sum()
+}
+
+#[tokio::test]
+async fn headers_and_control_messages_are_counted() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, _, mut workers) = running(dir.path(), 2).await;
+    let mut flagged = header(0, 0);
+    flagged.flags.non_finite = true;
+    for (worker, header) in workers.iter().zip([flagged, header(0, 64)]) {
+        let (mut send, mut recv) = worker.connection.open_bi().await.unwrap();
+        let body = vec![0; header.body_bytes as usize];
+        write_frame(&mut send, &header, body.into(), "shard")
+            .await
+            .unwrap();
+        // The first waits for the second's.
+        tokio::spawn(async move { answer(&mut recv).await });
+        drop(send.finish());
+    }
+    let report = Control::Report {
+        step: Step(0),
+        loss: 1.0,
+        step_seconds: 0.1,
+        wait_seconds: 0.1,
+        bytes_sent: 1,
+        bytes_received: 1,
+        bytes_dense_equivalent: 1,
+        captured_energy: f32::NAN,
+        residual_ratio: f32::NAN,
+    };
+    workers[0].control.send(&report).await.unwrap();
+    let hello = Control::Hello(Box::new(hello()));
+    let up = framed(&[hello.clone(), hello, report]) + 2 * HEADER_BYTES;
+    let waiting = Control::Waiting {
+        joined: 1,
+        world: 2,
+    };
+    let welcome = Control::Welcome(Welcome {
+        epoch: Epoch(1),
+        rank: Rank(0),
+        world: 2,
+        start_step: Step(0),
+    });
+    let down = framed(&[waiting, welcome.clone(), welcome]) + 2 * HEADER_BYTES;
+    for (direction, bytes) in [("up", up), ("down", down)] {
+        let name = "arc_communication_bytes_total";
+        shows(
+            &server,
+            &format!("{name}{{direction=\"{direction}\",kind=\"control\"}} {bytes}"),
+        )
+        .await;
+    }
+    server.shutdown("test").await;
 }
 
 #[tokio::test]
@@ -231,7 +320,8 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
     let dir = tempfile::tempdir().unwrap();
     let (server, _, mut workers) = running(dir.path(), 2).await;
     let (_send, mut recv) = workers[0].send_dense(0, 5.0).await;
-    let rank = Rank(1);
+    // Ranks are given in order of arrival, which need not be that of the connections.
+    let stays = workers[0].rank.unwrap();
     workers.pop().unwrap().connection.close(0u32.into(), b"");
     let (header, _) = answer(&mut recv).await;
     assert!(header.flags.counted);
@@ -239,7 +329,7 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
         panic!()
     };
     assert_eq!(epoch, Epoch(2));
-    assert!(!members.contains(&rank) || members.len() == 1);
+    assert_eq!(members, [stays]);
     server.shutdown("test").await;
 }
 
@@ -268,13 +358,7 @@ async fn a_wrong_certificate_costs_a_handshake_and_a_count() {
         matches!(refused, Err(TransportError::PeerCertificate { .. })),
         "{refused:?}"
     );
-    for _ in 0..600 {
-        if server.metrics().contains("arc_failed_handshakes_total 1") {
-            break;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    assert!(server.metrics().contains("arc_failed_handshakes_total 1"));
+    shows(&server, "arc_failed_handshakes_total 1").await;
     let (_send, mut recv) = workers[0].send_dense(0, 1.0).await;
     answer(&mut recv).await;
     drop(identity);
@@ -284,8 +368,7 @@ async fn a_wrong_certificate_costs_a_handshake_and_a_count() {
 #[tokio::test]
 async fn no_hello_closes_the_connection_with_a_reason() {
     let dir = tempfile::tempdir().unwrap();
-    let (shard, worker) = certs(dir.path());
-    let server = Server::start(options(shard, 1)).await.unwrap();
+    let (server, worker, _) = running_with(dir.path(), 0, quick()).await;
     let address = server.quic_address().to_string();
     let connection = connect(&address, &worker, &TransportConfig::default())
         .await
@@ -332,9 +415,12 @@ async fn a_second_worker_with_a_taken_rank_is_refused_and_the_first_goes_on() {
 }
 
 /// Rank of the offender's words after `offend`; the other worker's round closes without it.
-async fn offence(offend: impl AsyncFnOnce(&Worker) -> Vec<SendStream>) -> String {
+async fn offence(
+    timeouts: Timeouts,
+    offend: impl AsyncFnOnce(&Worker) -> Vec<SendStream>,
+) -> String {
     let dir = tempfile::tempdir().unwrap();
-    let (server, _, mut workers) = running(dir.path(), 2).await;
+    let (server, _, mut workers) = running_with(dir.path(), 2, timeouts).await;
     let (_send, mut recv) = workers[0].send_dense(0, 5.0).await;
     let mut offender = workers.pop().unwrap();
     let kept = offend(&offender).await;
@@ -350,7 +436,7 @@ async fn offence(offend: impl AsyncFnOnce(&Worker) -> Vec<SendStream>) -> String
 
 #[tokio::test]
 async fn a_stream_on_which_nothing_comes() {
-    let detail = offence(async |worker: &Worker| {
+    let detail = offence(quick(), async |worker: &Worker| {
         let (mut send, _) = worker.connection.open_bi().await.unwrap();
         // A stream is opened by its first byte.
         send.write_all(&[0]).await.unwrap();
@@ -365,7 +451,7 @@ async fn a_stream_on_which_nothing_comes() {
 
 #[tokio::test]
 async fn a_body_that_stands_still() {
-    let detail = offence(async |worker: &Worker| {
+    let detail = offence(quick(), async |worker: &Worker| {
         let (mut send, _) = worker.connection.open_bi().await.unwrap();
         send.write_all(&header(0, 64).encode()).await.unwrap();
         send.write_all(&[0; 10]).await.unwrap();
@@ -380,7 +466,7 @@ async fn a_body_that_stands_still() {
 
 #[tokio::test]
 async fn a_frame_longer_than_the_plan_allows() {
-    let detail = offence(async |worker: &Worker| {
+    let detail = offence(Timeouts::default(), async |worker: &Worker| {
         let (mut send, _) = worker.connection.open_bi().await.unwrap();
         send.write_all(&header(0, 1 << 20).encode()).await.unwrap();
         vec![send]
@@ -394,7 +480,7 @@ async fn a_frame_longer_than_the_plan_allows() {
 
 #[tokio::test]
 async fn a_header_that_means_nothing() {
-    let detail = offence(async |worker: &Worker| {
+    let detail = offence(Timeouts::default(), async |worker: &Worker| {
         let (mut send, _) = worker.connection.open_bi().await.unwrap();
         send.write_all(&[0xff; HEADER_BYTES]).await.unwrap();
         vec![send]
@@ -404,6 +490,88 @@ async fn a_header_that_means_nothing() {
         detail.starts_with("a frame's header cannot be read"),
         "{detail}"
     );
+}
+
+/// A refusal that the peer takes no byte of.
+#[tokio::test]
+async fn a_peer_that_reads_nothing_is_closed_all_the_same() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, identity, _workers) = running(dir.path(), 1).await;
+    let deaf = TransportConfig {
+        stream_window_bytes: 0,
+        ..TransportConfig::default()
+    };
+    let address = server.quic_address().to_string();
+    let connection = connect(&address, &identity, &deaf).await.unwrap();
+    let mut control = ControlStream::open(&connection, "shard").await.unwrap();
+    let hello = Control::Hello(Box::new(hello()));
+    control.send(&hello).await.unwrap();
+    let closed = tokio::time::timeout(PATIENCE, connection.closed())
+        .await
+        .unwrap();
+    let closed = closed.to_string();
+    assert!(closed.contains("the job runs already"), "{closed}");
+    server.shutdown("test").await;
+}
+
+/// Connections that say nothing take places too, and give them back.
+#[tokio::test]
+async fn connections_are_bounded_before_their_hello() {
+    let dir = tempfile::tempdir().unwrap();
+    let (shard, identity) = certs(dir.path());
+    let patient = Timeouts {
+        hello: 10 * PATIENCE,
+        ..Timeouts::default()
+    };
+    let options = ServeOptions {
+        timeouts: patient,
+        ..options(shard, 1)
+    };
+    let server = Server::start(options).await.unwrap();
+    let address = server.quic_address();
+    let config = TransportConfig::default();
+    let endpoint = arc_topk_transport::client_endpoint(address, &config).unwrap();
+    let dial = || {
+        arc_topk_transport::connect_resolved(&endpoint, address, "localhost", &identity, &config)
+    };
+    let mut silent = Vec::new();
+    // Twice the world and 64.
+    for _ in 0..66 {
+        silent.push(dial().await.unwrap());
+    }
+    let refused = dial().await;
+    assert!(
+        matches!(refused, Err(TransportError::ConnectRefused { .. })),
+        "{refused:?}"
+    );
+    silent.pop().unwrap().close(0u32.into(), b"");
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while dial().await.is_err() {
+        assert!(tokio::time::Instant::now() < deadline, "a place comes back");
+    }
+    server.shutdown("test").await;
+}
+
+#[tokio::test]
+async fn a_first_message_that_is_no_hello_is_refused_with_a_reason() {
+    let dir = tempfile::tempdir().unwrap();
+    let (shard, identity) = certs(dir.path());
+    let server = Server::start(options(shard, 1)).await.unwrap();
+    let address = server.quic_address().to_string();
+    let config = TransportConfig::default();
+    let connection = connect(&address, &identity, &config).await.unwrap();
+    let mut control = ControlStream::open(&connection, "shard").await.unwrap();
+    control.send(&Control::Leave).await.unwrap();
+    let mut worker = Worker {
+        connection,
+        control,
+        rank: None,
+    };
+    let (code, detail) = worker.refusal().await;
+    assert_eq!(code, RefusalCode::Protocol);
+    assert!(detail.contains("must be a Hello"), "{detail}");
+    shows(&server, "arc_refusals_total{code=\"protocol\"} 1").await;
+    server.shutdown("test").await;
 }
 
 #[tokio::test]

@@ -24,7 +24,7 @@ use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, Identity, RecvStream, TransportConfig, connect,
+    Connection, ControlStream, Endpoint, Identity, RecvStream, TransportConfig, admit, connect,
     server_endpoint, write_frame,
 };
 use bytes::Bytes;
@@ -351,6 +351,7 @@ async fn raw_client(connection: Connection, load: Load) -> Connection {
 async fn raw_server(endpoint: Endpoint, answer: Bytes) {
     while let Some(incoming) = endpoint.accept().await {
         let connection = incoming.await.unwrap();
+        admit(&connection, &TransportConfig::default(), 1024);
         let answer = answer.clone();
         tokio::spawn(async move {
             while let Ok((mut send, mut recv)) = connection.accept_bi().await {

@@ -8,6 +8,9 @@ use std::time::Duration;
 /// payloads a full batch fails with EMSGSIZE, which quinn takes for a failed path probe and drops.
 pub const LARGEST_UDP_PAYLOAD_BYTES: u16 = 65507 / 10;
 
+/// Connection window of a peer that has not been admitted, bytes. A longer Hello is read piece by piece.
+pub const HELLO_WINDOW_BYTES: u32 = 1 << 20;
+
 /// Settings of a QUIC endpoint, the same for shards and workers.
 ///
 /// The defaults suit 0.1–25 Gbit/s with round trips up to about 20 ms: a window must hold at least
@@ -17,7 +20,8 @@ pub struct TransportConfig {
     /// Bytes that a peer may send on one stream before they are read.
     pub stream_window_bytes: u32,
     /// Bytes that a peer may send on all streams of a connection before they are read. Bounds what one
-    /// peer can make this process buffer.
+    /// peer can make this process buffer. A listening side grants it by [`crate::admit`], and
+    /// [`HELLO_WINDOW_BYTES`] until then.
     pub connection_window_bytes: u32,
     /// Bytes written here that may wait for the peer's acknowledgement.
     pub send_window_bytes: u64,
@@ -25,8 +29,6 @@ pub struct TransportConfig {
     pub idle_timeout: Duration,
     /// Interval of keep-alive packets; below half of `idle_timeout`.
     pub keep_alive: Duration,
-    /// Streams that a peer may hold open at once: one control stream and one for each round in flight.
-    pub max_streams: u32,
     /// Kernel buffer of the UDP socket, bytes, each direction. The kernel may grant less
     /// (`net.core.rmem_max`, `net.core.wmem_max`).
     pub socket_buffer_bytes: usize,
@@ -48,7 +50,6 @@ impl Default for TransportConfig {
             send_window_bytes: 128 << 20,
             idle_timeout: Duration::from_secs(3),
             keep_alive: Duration::from_secs(1),
-            max_streams: 1024,
             socket_buffer_bytes: 8 << 20,
             max_udp_payload_bytes: LARGEST_UDP_PAYLOAD_BYTES,
             loopback_udp_payload_bytes: LARGEST_UDP_PAYLOAD_BYTES,
@@ -58,11 +59,30 @@ impl Default for TransportConfig {
 }
 
 impl TransportConfig {
-    /// Settings of quinn's own for a peer at a loopback address or not.
-    pub(crate) fn quinn(
+    /// Settings of a side that connects: the other one opens no streams.
+    pub(crate) fn client(
         &self,
         loopback: bool,
     ) -> Result<Arc<quinn::TransportConfig>, TransportError> {
+        let mut quic = self.quinn(loopback)?;
+        quic.max_concurrent_bidi_streams(0u32.into());
+        Ok(Arc::new(quic))
+    }
+
+    /// Settings of a side that listens: a peer that has not been admitted gets a control stream and a small window,
+    /// for what the handshake granted cannot be taken back.
+    pub(crate) fn server(
+        &self,
+        loopback: bool,
+    ) -> Result<Arc<quinn::TransportConfig>, TransportError> {
+        let mut quic = self.quinn(loopback)?;
+        quic.max_concurrent_bidi_streams(1u32.into())
+            .receive_window(self.connection_window_bytes.min(HELLO_WINDOW_BYTES).into());
+        Ok(Arc::new(quic))
+    }
+
+    /// Settings of quinn's own for a peer at a loopback address or not.
+    fn quinn(&self, loopback: bool) -> Result<quinn::TransportConfig, TransportError> {
         let idle = quinn::IdleTimeout::try_from(self.idle_timeout).map_err(|_| {
             TransportError::Setting {
                 name: "idle_timeout",
@@ -96,13 +116,12 @@ impl TransportConfig {
             .send_window(self.send_window_bytes)
             .max_idle_timeout(Some(idle))
             .keep_alive_interval(Some(self.keep_alive))
-            .max_concurrent_bidi_streams(self.max_streams.into())
             .max_concurrent_uni_streams(0u32.into())
             .datagram_receive_buffer_size(None)
             // Streams of equal priority go out in the order written: a bucket that is complete is worth
             // more than two that are half there.
             .send_fairness(false);
-        Ok(Arc::new(quic))
+        Ok(quic)
     }
 
     /// Largest UDP payload to accept, bytes.

@@ -16,7 +16,8 @@ use std::time::Duration;
 pub const LEAVE_CODE: u32 = 0x1ea5e;
 
 /// Listens on `address` for peers with a worker certificate of the identity's CA. Port 0 takes a free one
-/// ([`Endpoint::local_addr`] tells which). Must be called inside a tokio runtime.
+/// ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants more.
+/// Must be called inside a tokio runtime.
 ///
 /// # Errors
 /// The port is in use or not of this machine, or a setting is out of range.
@@ -27,9 +28,15 @@ pub fn server_endpoint(
 ) -> Result<Endpoint, TransportError> {
     let mut server = quinn::ServerConfig::with_crypto(tls::server(identity)?);
     server
-        .transport_config(config.quinn(address.ip().is_loopback())?)
+        .transport_config(config.server(address.ip().is_loopback())?)
         .migration(false);
     endpoint(address, Some(server), config)
+}
+
+/// Grants an accepted peer the window of `config` and `streams` open streams, the control stream among them.
+pub fn admit(connection: &Connection, config: &TransportConfig, streams: u32) {
+    connection.set_receive_window(config.connection_window_bytes.into());
+    connection.set_max_concurrent_bi_streams(streams.into());
 }
 
 /// A socket to connect from, fit for peers of `peer`'s address family. Must be called inside a tokio
@@ -78,7 +85,7 @@ pub async fn connect_resolved(
     config: &TransportConfig,
 ) -> Result<Connection, TransportError> {
     let mut client = quinn::ClientConfig::new(tls::client(identity)?);
-    client.transport_config(config.quinn(peer.ip().is_loopback())?);
+    client.transport_config(config.client(peer.ip().is_loopback())?);
     let shown = shown(server_name, peer);
     let connecting = endpoint
         .connect_with(client, peer, server_name)

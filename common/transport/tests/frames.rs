@@ -31,6 +31,7 @@ async fn pair() -> Pair {
         async { endpoint.accept().await.unwrap().await.unwrap() },
         connect(&address, &worker, &config)
     );
+    arc_topk_transport::admit(&server, &config, 100);
     Pair {
         client: client.unwrap(),
         server,
@@ -141,7 +142,7 @@ async fn control_messages_have_a_limit_too() {
     let pair = pair().await;
     let (_send, recv) =
         stream_with(&pair, &(MAX_CONTROL_BYTES as u32 + 1).to_le_bytes(), false).await;
-    let (spare, _) = pair.server.open_bi().await.unwrap();
+    let (spare, _) = pair.client.open_bi().await.unwrap();
     let mut control = ControlStream::from_halves(spare, recv, "peer");
     let error = control.recv().await.unwrap_err();
     assert!(

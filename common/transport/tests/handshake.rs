@@ -3,9 +3,10 @@
 
 use arc_topk_common::wire::Control;
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
+use arc_topk_transport::config::HELLO_WINDOW_BYTES;
 use arc_topk_transport::{
     Connection, ControlStream, Endpoint, Identity, PeerFault, TransportConfig, TransportError,
-    connect, connection_error, server_endpoint, summary,
+    admit, connect, connection_error, server_endpoint, summary,
 };
 use std::net::SocketAddr;
 use std::path::Path;
@@ -174,6 +175,78 @@ async fn certificates_of_the_other_role_are_refused() {
     assert_eq!(own_fault(&client), Some(PeerFault::WrongRole));
     let (_, client) = meet(&load(&certs.worker), &load(&certs.worker)).await;
     assert!(peer_fault(&client).is_some(), "{client:?}");
+}
+
+/// A worker that poses as a shard: its certificate has the right names and is of the job's authority.
+#[tokio::test]
+async fn a_workers_certificate_does_not_make_a_shard_whatever_its_names() {
+    let dir = tempfile::tempdir().unwrap();
+    let key = rcgen::KeyPair::generate().unwrap();
+    let mut params = rcgen::CertificateParams::new(Vec::new()).unwrap();
+    params.is_ca = rcgen::IsCa::Ca(rcgen::BasicConstraints::Constrained(0));
+    let ca = rcgen::CertifiedIssuer::self_signed(params, key).unwrap();
+    let identity = |usage: rcgen::ExtendedKeyUsagePurpose| {
+        let names = ["localhost".to_owned(), "127.0.0.1".to_owned()];
+        let mut params = rcgen::CertificateParams::new(names).unwrap();
+        params.extended_key_usages = vec![usage];
+        let key = rcgen::KeyPair::generate().unwrap();
+        let certificate = params.signed_by(&key, &ca).unwrap();
+        for (file, text) in [
+            ("ca.pem", ca.pem()),
+            ("cert.pem", certificate.pem()),
+            ("key.pem", key.serialize_pem()),
+        ] {
+            std::fs::write(dir.path().join(file), text).unwrap();
+        }
+        load(dir.path())
+    };
+    let shard = identity(rcgen::ExtendedKeyUsagePurpose::ServerAuth);
+    let worker = identity(rcgen::ExtendedKeyUsagePurpose::ClientAuth);
+    // The names would do: a shard's certificate made in the same way is taken.
+    assert_eq!(meet(&shard, &worker).await, (Ok(()), Ok(())));
+    let (_, client) = meet(&worker, &worker).await;
+    assert_eq!(
+        peer_fault(&client),
+        Some(PeerFault::WrongRole),
+        "{client:?}"
+    );
+}
+
+/// What the handshake granted cannot be taken back, so it is little.
+#[tokio::test]
+async fn a_peer_that_is_not_admitted_gets_one_stream_and_a_small_window() {
+    let dir = tempfile::tempdir().unwrap();
+    let certs = certs(dir.path(), &request());
+    let (endpoint, address) = listen(&load(&certs.shard));
+    let server = async { endpoint.accept().await.unwrap().await.unwrap() };
+    let config = TransportConfig::default();
+    let worker = load(&certs.worker);
+    let (server, client) = tokio::join!(server, connect(&address, &worker, &config));
+    let client = client.unwrap();
+    let (mut control, _) = client.open_bi().await.unwrap();
+    let mut second = Box::pin(client.open_bi());
+    assert!(still_waits(second.as_mut()).await);
+    // Nobody reads: what is written beyond the window stays here.
+    let mut written = 0;
+    let mut writing = Box::pin(async {
+        loop {
+            written += control.write(&[0; 4096]).await.unwrap();
+        }
+    });
+    assert!(still_waits(writing.as_mut()).await);
+    drop(writing);
+    assert_eq!(written, HELLO_WINDOW_BYTES as usize);
+    admit(&server, &config, 2);
+    second.await.unwrap();
+    control.write_all(&[0; 4096]).await.unwrap();
+}
+
+/// Whether the future is not ready after both sides had time to talk. On a slow machine it may only look as if more
+/// were forbidden than is.
+async fn still_waits(future: impl Future) -> bool {
+    tokio::time::timeout(Duration::from_millis(300), future)
+        .await
+        .is_err()
 }
 
 #[tokio::test]

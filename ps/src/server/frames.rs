@@ -1,4 +1,7 @@
 //! Reads round frames with a limit on length and on patience.
+//!
+//! What may not stand still is the connection, not the stream: a worker's streams have priorities, so that a packet of one
+//! that was lost is sent again after all data of higher ones, and on a slow link that takes longer than any patience.
 
 use arc_topk_common::wire::{FrameHeader, HEADER_BYTES, WireError};
 use arc_topk_transport::RecvStream;
@@ -10,6 +13,34 @@ use tokio::time::timeout;
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
 /// Pieces taken from the stream at once.
 const PIECES: usize = 32;
+
+/// How long a connection may bring nothing while a frame is awaited.
+pub(super) struct Patience<P> {
+    /// Grows with everything that the connection's streams bring.
+    pub(super) progress: P,
+    /// Until a header; `None` waits as long as the connection lives.
+    pub(super) header: Option<Duration>,
+    /// Between pieces of a body.
+    pub(super) body: Duration,
+}
+
+/// Waits for `future` until nothing has grown for as long as `patience`.
+async fn while_moving<T>(
+    patience: Duration,
+    progress: &impl Fn() -> u64,
+    seen: &mut u64,
+    future: impl Future<Output = T>,
+) -> Option<T> {
+    let mut future = core::pin::pin!(future);
+    loop {
+        if let Ok(output) = timeout(patience, &mut future).await {
+            return Some(output);
+        }
+        if core::mem::replace(seen, progress()) == *seen {
+            return None;
+        }
+    }
+}
 
 /// Why no frame came.
 #[derive(Debug, thiserror::Error)]
@@ -37,24 +68,26 @@ pub(super) enum FrameFault {
     Header(#[from] WireError),
 }
 
-/// One frame. `patience_header`: `None` waits as long as the connection lives.
+/// One frame.
 pub(super) async fn read(
     stream: &mut RecvStream,
     limit: usize,
-    patience_header: Option<Duration>,
-    patience_body: Duration,
+    patience: Patience<impl Fn() -> u64>,
 ) -> Result<(FrameHeader, Bytes), FrameFault> {
     let mut bytes = [0; HEADER_BYTES];
     let reading = stream.read_exact(&mut bytes);
-    let read = match patience_header {
-        Some(patience) => timeout(patience, reading)
-            .await
-            .map_err(|_| FrameFault::NoHeader(patience))?,
+    let read = match patience.header {
+        Some(header) => {
+            let mut seen = (patience.progress)();
+            while_moving(header, &patience.progress, &mut seen, reading)
+                .await
+                .ok_or(FrameFault::NoHeader(header))?
+        }
         None => reading.await,
     };
     read.map_err(|error| FrameFault::Gone(error.to_string()))?;
     let header = FrameHeader::decode(&bytes)?;
-    let body = read_body(stream, header.body_bytes as usize, limit, patience_body).await?;
+    let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
     Ok((header, body))
 }
 
@@ -62,7 +95,7 @@ async fn read_body(
     stream: &mut RecvStream,
     expected: usize,
     limit: usize,
-    patience: Duration,
+    patience: &Patience<impl Fn() -> u64>,
 ) -> Result<Bytes, FrameFault> {
     if expected > limit {
         return Err(FrameFault::TooLong {
@@ -72,16 +105,19 @@ async fn read_body(
     }
     let mut body = BytesMut::with_capacity(expected.min(FIRST_ALLOCATION_BYTES));
     let mut pieces: [Bytes; PIECES] = core::array::from_fn(|_| Bytes::new());
+    // Looked at once a frame and not at every piece, each of which would have to ask the connection.
+    let mut seen = (patience.progress)();
     while body.len() < expected {
         let got = body.len();
-        let stuck = |_| FrameFault::Stuck {
-            waited: patience,
+        let stuck = FrameFault::Stuck {
+            waited: patience.body,
             got,
             expected,
         };
-        let read = timeout(patience, stream.read_chunks(&mut pieces))
+        let reading = stream.read_chunks(&mut pieces);
+        let read = while_moving(patience.body, &patience.progress, &mut seen, reading)
             .await
-            .map_err(stuck)?;
+            .ok_or(stuck)?;
         let Some(count) = read.map_err(|error| FrameFault::Gone(error.to_string()))? else {
             return Err(FrameFault::Truncated { got, expected });
         };
@@ -105,5 +141,43 @@ fn grow(body: &mut BytesMut, by: usize, expected: usize) {
     if body.capacity() - body.len() < by {
         let doubled = body.len().max(by);
         body.reserve(doubled.min(expected - body.len()));
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use core::cell::Cell;
+    use core::future::pending;
+
+    const SHORT: Duration = Duration::from_millis(2);
+
+    #[tokio::test]
+    async fn patience_lasts_while_anything_comes() {
+        let looks = Cell::new(0);
+        // Grows at the first five looks.
+        let progress = || {
+            looks.set(looks.get() + 1);
+            looks.get().min(5)
+        };
+        let mut seen = 0;
+        let waited = while_moving(SHORT, &progress, &mut seen, pending::<()>()).await;
+        assert_eq!((waited, looks.get()), (None, 6));
+    }
+
+    #[tokio::test]
+    async fn a_frame_that_waits_behind_others_still_comes() {
+        let (arrive, arrived) = tokio::sync::oneshot::channel();
+        let (arrive, looks) = (Cell::new(Some(arrive)), Cell::new(0));
+        let progress = || {
+            looks.set(looks.get() + 1);
+            if looks.get() == 4 {
+                arrive.take().unwrap().send(7).unwrap();
+            }
+            looks.get()
+        };
+        let waited = while_moving(SHORT, &progress, &mut 0, arrived).await;
+        assert_eq!(waited, Some(Ok(7)));
     }
 }

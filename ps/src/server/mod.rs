@@ -8,11 +8,14 @@
 //! ```
 //!
 //! It decides nothing: what a peer sends becomes an event, what the machine answers is written. What it adds are bounds in
-//! time and size that need a clock or a socket: a Hello within [`Timeouts::hello`], a frame's header within
-//! [`Timeouts::header`] of its stream, a body that keeps moving, no body longer than the plan allows, no more streams than
-//! the plan has rounds, no more sessions than a small multiple of the world.
+//! time and size that need a clock or a socket: no more connections than a small multiple of the world, those in their
+//! handshake counted; a Hello within [`Timeouts::hello`]; until the Welcome one stream and a window of
+//! [`HELLO_WINDOW_BYTES`](arc_topk_transport::config::HELLO_WINDOW_BYTES), afterwards as many streams as the plan has rounds;
+//! no body longer than the plan allows; a connection that keeps moving while a frame is awaited ([`Timeouts::header`],
+//! [`Timeouts::body`]).
 
 pub mod admin;
+mod control;
 mod frames;
 mod observe;
 mod owner;
@@ -27,12 +30,12 @@ use arc_topk_transport::{
     Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint,
 };
 use bytes::Bytes;
+use control::SessionHandle;
 use core::net::SocketAddr;
 use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering};
 use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
-use session::SessionHandle;
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -49,9 +52,9 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub struct Timeouts {
     /// From a handshake to the Hello.
     pub hello: Duration,
-    /// From a round stream's opening to its first header.
+    /// Without a byte on any stream of the connection, from a round stream's opening to its first header.
     pub header: Duration,
-    /// Between two pieces of a body.
+    /// Without a byte on any stream of the connection, between two pieces of a body.
     pub body: Duration,
 }
 
@@ -120,7 +123,10 @@ pub(crate) struct Hub {
     closing: AtomicBool,
     started: Instant,
     next_session: AtomicU64,
-    sessions_limit: usize,
+    /// Connections that are there, handshakes among them.
+    connections: AtomicUsize,
+    connections_limit: usize,
+    transport: TransportConfig,
     timeouts: Timeouts,
     chaos_delay: Duration,
     metrics: ShardMetrics,
@@ -216,7 +222,9 @@ impl Server {
             closing: AtomicBool::new(false),
             started: Instant::now(),
             next_session: AtomicU64::new(1),
-            sessions_limit: 2 * usize::from(options.shard.world) + 64,
+            connections: AtomicUsize::new(0),
+            connections_limit: 2 * usize::from(options.shard.world) + 64,
+            transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
             metrics: ShardMetrics::new(),

@@ -3,7 +3,7 @@
 use super::Hub;
 use crate::shard::{Action, Observation, Outcome, RoundClosed, Shard, Traffic};
 use arc_topk_common::metrics::{ConnectionFigures, Flow, RoundOutcome, Traffic as Kind};
-use arc_topk_common::wire::{FrameKind, HEADER_BYTES};
+use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES};
 use arc_topk_transport::summary;
 
 pub(super) fn changes_membership(action: &Action) -> bool {
@@ -110,21 +110,25 @@ fn round_closed(hub: &Hub, round: &RoundClosed) {
         .add_dense_equivalent(Flow::Up, round.dense_equivalent_bytes);
     hub.metrics
         .add_dense_equivalent(Flow::Down, round.dense_equivalent_bytes);
-    // A header each way and phase.
-    let phases = if round.captured_energy.is_some() {
-        2
-    } else {
-        1
-    };
-    let headers = phases * u64::from(round.contributors) * HEADER_BYTES as u64;
-    hub.metrics.add_bytes(Kind::Control, Flow::Up, headers);
-    hub.metrics.add_bytes(Kind::Control, Flow::Down, headers);
     hub.metrics.set_compression(
         round.density.map(f64::from),
         round.captured_energy.map(f64::from),
         None,
     );
     tracing::debug!(step = %round.step, bucket = %round.bucket, outcome = round.outcome.label(), contributors = round.contributors, seconds = round.seconds, "a round closed");
+}
+
+/// A frame's header came or went.
+pub(super) fn header(hub: &Hub, flow: Flow) {
+    hub.metrics
+        .add_bytes(Kind::Control, flow, HEADER_BYTES as u64);
+}
+
+/// A control message came or went, with its length in front. Encoding it once more costs nothing: they are few, and all
+/// but the Hello short.
+pub(super) fn control(hub: &Hub, flow: Flow, message: &Control) {
+    let bytes = size_of::<u32>() + message.encode().len();
+    hub.metrics.add_bytes(Kind::Control, flow, bytes as u64);
 }
 
 fn add(hub: &Hub, traffic: Traffic, flow: Flow) {

@@ -1,11 +1,9 @@
 //! The thread that owns the machine. Sums run at memory speed and would hold up an async worker; here they hold up
 //! nothing but each other.
 
-use super::session::Outgoing;
 use super::{Hub, observe};
 use crate::shard::{Action, Event, Shard, Status};
 use arc_topk_common::wire::Control;
-use arc_topk_transport::VarInt;
 use core::sync::atomic::Ordering;
 use std::io;
 use std::sync::Arc;
@@ -65,11 +63,10 @@ fn route(hub: &Hub, action: Action) {
             };
             if let Control::Welcome(welcome) = &message {
                 handle.set_rank(welcome.rank);
-                handle
-                    .connection
-                    .set_max_concurrent_bi_streams(streams(hub));
+                let streams = hub.stream_limit.load(Ordering::Relaxed);
+                arc_topk_transport::admit(&handle.connection, &hub.transport, streams);
             }
-            handle.queue(Outgoing::Message(message));
+            handle.queue(message);
         }
         Action::Round {
             session,
@@ -89,16 +86,11 @@ fn route(hub: &Hub, action: Action) {
             detail,
         } => {
             if let Some(handle) = hub.sessions.get(&session) {
-                handle.queue(Outgoing::Close(code, detail));
+                handle.end(code, detail);
             }
         }
         Action::Observe(observation) => observe::observation(hub, &observation),
     }
-}
-
-/// Every round that may be open, and the control stream.
-fn streams(hub: &Hub) -> VarInt {
-    VarInt::from_u32(hub.stream_limit.load(Ordering::Relaxed))
 }
 
 fn set_limits(hub: &Hub, shard: &Shard) {
