@@ -242,14 +242,14 @@ impl Shared {
             ),
             captured_energy_ratio: r.gauge(
                 "arc_captured_energy_ratio",
-                "Share of the energy (squared norm) that the chosen rows hold in the latest sparse step, 0 to 1",
+                "Share of the energy (squared norm) that the chosen rows hold in the latest sparse step (shards: round), 0 to 1",
             ),
-            density_ratio: r.gauge("arc_density_ratio", "Share of the compressible elements that travelled in the latest step, 0 to 1"),
+            density_ratio: r.gauge("arc_density_ratio", "Share of the compressible elements that travelled in the latest step (shards: round), 0 to 1"),
             residual_ratio: r.gauge(
                 "arc_residual_gradient_ratio",
                 "Norm of what feedback holds back over the norm of the gradient, latest measurement",
             ),
-            training_loss: r.gauge("arc_training_loss", "Training loss of the latest step (shards: mean of the workers' latest reports)"),
+            training_loss: r.gauge("arc_training_loss", "Training loss of the latest step (shards: mean of the workers' latest finite reports)"),
             step: r.count("arc_step", "Number of the latest step"),
             connections: Mutex::default(),
         };

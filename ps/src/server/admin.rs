@@ -1,7 +1,8 @@
 //! Admin HTTP: `/metrics`, `/healthz`, `/readyz`, `/status` and a page at `/`.
 //!
 //! It shows and changes nothing. Workers use the same routes for theirs: [`serve`] only needs
-//! something that implements [`Admin`].
+//! something that implements [`Admin`]. Whoever can reach the address may use it, so connections are bounded in number
+//! and time.
 
 use axum::Router;
 use axum::extract::State;
@@ -10,13 +11,38 @@ use axum::response::{IntoResponse, Response};
 use axum::routing::get;
 use core::future::Future;
 use core::net::SocketAddr;
-use core::pin::Pin;
+use core::pin::{Pin, pin};
+use core::time::Duration;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::service::TowerToHyperService;
 use std::io;
 use std::sync::Arc;
-use tokio::net::TcpListener;
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::task::JoinSet;
 
 /// The page of a shard, complete in itself.
 pub const SHARD_PAGE: &str = include_str!("page.html");
+
+/// Bounds of the admin server.
+#[derive(Clone, Copy, Debug)]
+struct Limits {
+    /// Connections at once; further ones wait in the kernel.
+    connections: usize,
+    /// From a connection's start, or its last answer, to the end of a request's head.
+    head: Duration,
+    /// Age at which a connection takes no further request.
+    age: Duration,
+}
+
+const LIMITS: Limits = Limits {
+    connections: 64,
+    head: Duration::from_secs(10),
+    age: Duration::from_secs(60),
+};
+/// Pause after the system gave no connection, for example because too many files are open.
+const ACCEPT_PAUSE: Duration = Duration::from_secs(1);
 
 /// A future of `T` that can be sent to another thread.
 pub type Answer<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -56,25 +82,71 @@ pub async fn bind(address: SocketAddr) -> Result<TcpListener, AdminBindError> {
         .map_err(|source| AdminBindError { address, source })
 }
 
-/// Serves until `until` is done.
+/// Serves until `until` is done. Connections end with it.
 ///
 /// # Errors
-/// If the listener fails.
+/// None today: a system that gives no connection is asked again.
 pub async fn serve(
     listener: TcpListener,
     admin: Arc<dyn Admin>,
     until: impl Future<Output = ()> + Send + 'static,
 ) -> io::Result<()> {
-    let routes = Router::new()
+    tokio::select! {
+        () = serve_within(LIMITS, listener, admin) => {}
+        () = until => {}
+    }
+    Ok(())
+}
+
+/// Serves until it is dropped.
+async fn serve_within(limits: Limits, listener: TcpListener, admin: Arc<dyn Admin>) {
+    let routes = routes(admin);
+    let places = Arc::new(Semaphore::new(limits.connections));
+    let mut connections = JoinSet::new();
+    loop {
+        let place = places.clone().acquire_owned().await;
+        let place = place.expect("the semaphore is never closed");
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                connections.spawn(connection(limits, stream, routes.clone(), place));
+            }
+            Err(error) => {
+                tracing::warn!(%error, "no connection for the admin pages");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+        while connections.try_join_next().is_some() {}
+    }
+}
+
+/// One connection, which may ask again and again until it is old.
+async fn connection(
+    limits: Limits,
+    stream: TcpStream,
+    routes: Router,
+    _place: OwnedSemaphorePermit,
+) {
+    let serving = http1::Builder::new()
+        .timer(TokioTimer::new())
+        .header_read_timeout(limits.head)
+        .serve_connection(TokioIo::new(stream), TowerToHyperService::new(routes));
+    let mut serving = pin!(serving);
+    // An error is the peer's: it went, fell silent or speaks something else.
+    tokio::select! {
+        _peers_error = serving.as_mut() => return,
+        () = tokio::time::sleep(limits.age) => serving.as_mut().graceful_shutdown(),
+    }
+    let _slow_reader = tokio::time::timeout(limits.head, serving).await;
+}
+
+fn routes(admin: Arc<dyn Admin>) -> Router {
+    Router::new()
         .route("/", get(page))
         .route("/metrics", get(metrics))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/status", get(status))
-        .with_state(admin);
-    axum::serve(listener, routes)
-        .with_graceful_shutdown(until)
-        .await
+        .with_state(admin)
 }
 
 async fn page(State(admin): State<Arc<dyn Admin>>) -> Response {
@@ -110,4 +182,79 @@ fn typed(content_type: &'static str, body: String) -> Response {
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
     ];
     (headers, body).into_response()
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+
+    struct Nothing;
+
+    impl Admin for Nothing {
+        fn metrics(&self) -> String {
+            String::new()
+        }
+        fn ready(&self) -> Answer<'_, Result<(), String>> {
+            Box::pin(async { Ok(()) })
+        }
+        fn status(&self) -> Answer<'_, String> {
+            Box::pin(async { "null".to_owned() })
+        }
+        fn page(&self) -> &'static str {
+            "page"
+        }
+    }
+
+    /// Serves in the background.
+    async fn started(limits: Limits) -> SocketAddr {
+        let listener = bind("127.0.0.1:0".parse().unwrap()).await.unwrap();
+        let address = listener.local_addr().unwrap();
+        tokio::spawn(serve_within(limits, listener, Arc::new(Nothing)));
+        address
+    }
+
+    const REQUEST: &[u8] = b"GET /healthz HTTP/1.1\r\nHost: test\r\n\r\n";
+
+    async fn dial(address: SocketAddr, says: &[u8]) -> TcpStream {
+        let mut stream = TcpStream::connect(address).await.unwrap();
+        stream.write_all(says).await.unwrap();
+        stream
+    }
+
+    #[tokio::test]
+    async fn a_place_is_free_again_when_half_a_request_was_given_up() {
+        let limits = Limits {
+            connections: 1,
+            head: Duration::from_millis(100),
+            ..LIMITS
+        };
+        let address = started(limits).await;
+        let stuck = dial(address, &REQUEST[..20]).await;
+        let mut second = dial(address, REQUEST).await;
+        let mut answer = [0; 12];
+        second.read_exact(&mut answer).await.unwrap();
+        assert_eq!(&answer, b"HTTP/1.1 200");
+        // There was one place: the second was served after the first had lost it. (On an open connection there would
+        // be nothing to read yet.)
+        let mut stuck = stuck.into_std().unwrap();
+        std::io::Read::read(&mut stuck, &mut answer).unwrap();
+    }
+
+    #[tokio::test]
+    async fn an_old_connection_ends_in_order() {
+        let limits = Limits {
+            age: Duration::from_millis(100),
+            ..LIMITS
+        };
+        let address = started(limits).await;
+        let mut stream = dial(address, REQUEST).await;
+        let mut said = String::new();
+        stream.read_to_string(&mut said).await.unwrap();
+        assert!(
+            said.starts_with("HTTP/1.1 200") && said.ends_with("ok\n"),
+            "{said}"
+        );
+    }
 }
