@@ -32,8 +32,8 @@ fn round_trip(codec: ValueCodec, values: &[f32]) -> Vec<f32> {
 /// Largest error that the layout's table allows for `x` in a block whose largest magnitude is `max`.
 fn bound(value_type: ValueType, x: f32, max: f32) -> f64 {
     let (x, max) = (f64::from(x.abs()), f64::from(max));
-    // The scale is rounded up by less than a bf16 ulp (2⁻⁷), or to its smallest number.
-    let scale = |top: f64| (max / top * (1.0 + 2f64.powi(-7))).max(2f64.powi(-133));
+    // The scale is rounded up by less than a bf16 ulp: 2⁻⁷ of it, and 2⁻¹³³ among subnormal scales.
+    let scale = |top: f64| (max / top * (1.0 + 2f64.powi(-7))).max(max / top + 2f64.powi(-133));
     match value_type {
         ValueType::F32 => 0.0,
         ValueType::Bf16 => (x * 2f64.powi(-8)).max(2f64.powi(-134)),
