@@ -220,7 +220,7 @@ fn initial(tensor: &Tensor, config: &Config) -> Vec<TensorState> {
     let state = if sparse {
         TensorState::new(config.feedback, tensor.shape[0], elements / tensor.shape[0])
     } else {
-        TensorState::for_dense_tensor(config.feedback, elements, F32)
+        TensorState::for_dense_tensor(config.feedback, elements, false)
     };
     vec![state; config.workers]
 }

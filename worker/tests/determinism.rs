@@ -164,7 +164,7 @@ impl Naive {
                     ..TensorState::for_dense_tensor(
                         algorithm.feedback,
                         segment.rows() * tensor.width,
-                        algorithm.codec_dense(),
+                        algorithm.rounds_dense_tensors(),
                     )
                 },
             }
@@ -236,7 +236,10 @@ impl Naive {
                     up: algorithm.codec_up(),
                     down: algorithm.codec_down(),
                     sketch: algorithm.codec_sketch(),
-                    dense: algorithm.codec_dense(),
+                    dense: match algorithm.round_kind(number) {
+                        RoundKind::Dense => algorithm.codec_dense_round(),
+                        RoundKind::Sparse { .. } => algorithm.codec_dense(),
+                    },
                 },
             };
             assert!(!round.run(states, &mut buffers).skipped);
@@ -281,7 +284,7 @@ prop_compose! {
         block_width in prop::sample::select(vec![0u32, 0, 8, 24]),
         warmup_updates in 0u64..2,
         ramp_updates in 0u64..3,
-        (wire_up, wire_down, wire_sketch, wire_dense) in (wire(), wire(), wire(), wire()),
+        (wire_up, wire_down, wire_sketch, wire_dense, wire_warmup) in (wire(), wire(), wire(), wire(), wire()),
     ) -> AlgorithmConfig {
         allowed(AlgorithmConfig {
             compressor,
@@ -297,6 +300,7 @@ prop_compose! {
             wire_down,
             wire_sketch,
             wire_dense,
+            wire_warmup,
             quant_block: 16,
             ..algorithm(feedback, density)
         })

@@ -103,11 +103,11 @@ impl TensorState {
 
     /// State of a tensor that always travels whole (1-D or small), seen as `elements` rows of width 1.
     ///
-    /// Nothing is left unsent, so an exact wire needs no state. A lossy one loses the rounding, which is part of C
+    /// Nothing is left unsent, so an exact wire needs no state. A `lossy` one loses the rounding, which is part of C
     /// (trap 10): an ef14 residual catches it whatever the job's rule, unless that is `none`.
     #[must_use]
-    pub fn for_dense_tensor(feedback: Feedback, elements: usize, wire_dense: ValueCodec) -> Self {
-        let needed = feedback != Feedback::None && wire_dense.is_lossy();
+    pub fn for_dense_tensor(feedback: Feedback, elements: usize, lossy: bool) -> Self {
+        let needed = feedback != Feedback::None && lossy;
         Self::new(
             if needed {
                 Feedback::Ef14

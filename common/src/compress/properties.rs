@@ -399,7 +399,7 @@ fn trap_10_what_rounding_loses_comes_later() {
         (Compressor::Dense, true),
     ] {
         let state = if dense_tensor {
-            TensorState::for_dense_tensor(Feedback::Ef21, rows * width, INT4)
+            TensorState::for_dense_tensor(Feedback::Ef21, rows * width, true)
         } else {
             TensorState::new(Feedback::Ef14, rows, width)
         };
@@ -456,10 +456,10 @@ fn mean_sent(trace: &RoundTrace, codec: ValueCodec) -> Vec<f32> {
 fn dense_tensors_keep_state_only_where_the_wire_loses_something() {
     for feedback in RULES {
         assert_eq!(
-            TensorState::for_dense_tensor(feedback, 5, F32).residual,
+            TensorState::for_dense_tensor(feedback, 5, false).residual,
             [0f32; 0]
         );
-        let lossy = TensorState::for_dense_tensor(feedback, 5, INT4)
+        let lossy = TensorState::for_dense_tensor(feedback, 5, true)
             .residual
             .len();
         assert_eq!(lossy, if feedback == Feedback::None { 0 } else { 5 });

@@ -143,6 +143,10 @@ pub struct AlgorithmConfig {
     /// the mean's rounding is lost: f32 or bf16 is wise. ef21 and ef21m need f32.
     #[arg(long, env = "ARC_WIRE_DENSE", value_enum, default_value_t = Self::default().wire_dense)]
     pub wire_dense: ValueType,
+    /// Type of everything in the warm-up's dense rounds (and in ef21's first), both directions, unless the compressor is
+    /// dense. int8 loses nothing that training would notice, and spares slow links most of the warm-up.
+    #[arg(long, env = "ARC_WIRE_WARMUP", value_enum, default_value_t = Self::default().wire_warmup)]
+    pub wire_warmup: ValueType,
     /// Values that share a scale in int8 and int4, 8..=4096.
     #[arg(long, env = "ARC_QUANT_BLOCK", default_value_t = Self::default().quant_block)]
     pub quant_block: u32,
@@ -176,8 +180,9 @@ impl Default for AlgorithmConfig {
             dense_below_elements: 1024,
             wire_up: ValueType::Int4,
             wire_down: ValueType::Int4,
-            wire_sketch: ValueType::Bf16,
+            wire_sketch: ValueType::Int8,
             wire_dense: ValueType::F32,
+            wire_warmup: ValueType::Int8,
             quant_block: 64,
             warmup_updates: 20,
             ramp_updates: 0,
@@ -372,10 +377,25 @@ impl AlgorithmConfig {
         self.codec(self.wire_sketch)
     }
 
-    /// How dense tensors and dense rounds travel, both ways.
+    /// How dense tensors travel, both ways, and everything if the compressor is dense.
     #[must_use]
     pub fn codec_dense(&self) -> ValueCodec {
         self.codec(self.wire_dense)
+    }
+
+    /// How everything travels in a dense round, both ways: `wire_warmup`, or `wire_dense` if the compressor is dense.
+    #[must_use]
+    pub fn codec_dense_round(&self) -> ValueCodec {
+        match self.compressor {
+            Compressor::Dense => self.codec_dense(),
+            _ => self.codec(self.wire_warmup),
+        }
+    }
+
+    /// Whether a dense tensor is ever rounded on its way up, so that it needs a residual.
+    #[must_use]
+    pub fn rounds_dense_tensors(&self) -> bool {
+        self.codec_dense().is_lossy() || self.codec_dense_round().is_lossy()
     }
 
     fn codec(&self, value_type: ValueType) -> ValueCodec {

@@ -108,6 +108,7 @@ impl AlgorithmConfig {
             wire_down,
             wire_sketch,
             wire_dense,
+            wire_warmup,
             quant_block,
             warmup_updates,
             ramp_updates,

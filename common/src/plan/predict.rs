@@ -382,7 +382,8 @@ mod tests {
         assert_eq!((step.up, step.down), (up, down));
         assert_eq!((step.round_trips, step.dense_equivalent), (2, 409_800));
         let warm = Plan::build(spec(1)).unwrap().step_bytes(0);
-        assert_eq!((warm.up.dense, warm.round_trips), (409_800, 1));
+        // int8, and a scale of two bytes for each 64 values.
+        assert_eq!((warm.up.dense, warm.round_trips), (105_652, 1));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::*;
-use crate::config::algorithm::Compressor;
+use crate::config::algorithm::{Compressor, ValueType};
 use proptest::prelude::*;
 
 fn tensor(name: &str, shape: &[u64]) -> TensorSpec {
@@ -288,12 +288,14 @@ fn the_hash_is_the_same_on_every_machine() {
         warmup_updates: 20,
         ramp_updates: 0,
         quant_block: 64,
+        wire_sketch: ValueType::Int8,
+        wire_warmup: ValueType::Int8,
         ..spec.algorithm
     };
     let hex: String = spec.hash().iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(
         hex,
-        "0758dffb6fcb89b42b832f5650f628ceeda2c102756daa539eb1e7afb1ae19d9"
+        "f3f100c070f8b78466d4841ff8367926fd83ccfee48adccfcc2996614a160f4d"
     );
 }
 

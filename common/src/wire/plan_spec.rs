@@ -141,6 +141,7 @@ fn write_algorithm(w: &mut Writer<'_>, a: &AlgorithmConfig) {
         wire_down,
         wire_sketch,
         wire_dense,
+        wire_warmup,
         quant_block,
         warmup_updates,
         ramp_updates,
@@ -158,7 +159,7 @@ fn write_algorithm(w: &mut Writer<'_>, a: &AlgorithmConfig) {
     selection.write(w);
     w.u32(*block_width);
     w.u32(*dense_below_elements);
-    [wire_up, wire_down, wire_sketch, wire_dense]
+    [wire_up, wire_down, wire_sketch, wire_dense, wire_warmup]
         .into_iter()
         .for_each(|v| v.write(w));
     w.u32(*quant_block);
@@ -185,6 +186,7 @@ fn read_algorithm(r: &mut Reader<'_>) -> Result<AlgorithmConfig, WireError> {
         wire_down: ValueType::read(r)?,
         wire_sketch: ValueType::read(r)?,
         wire_dense: ValueType::read(r)?,
+        wire_warmup: ValueType::read(r)?,
         quant_block: r.u32("quant_block")?,
         warmup_updates: r.u64("warmup_updates")?,
         ramp_updates: r.u64("ramp_updates")?,

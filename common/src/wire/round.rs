@@ -8,7 +8,7 @@
 //! | Sketch | rows·r entries, `wire_sketch` | all elements, `wire_dense` |
 //! | Selection | [`append_selection`] | mean, `wire_dense` |
 //! | Values, Mean | kept·n values, `wire_up` / `wire_down` | only randk: all elements, `wire_dense` |
-//! | Dense, DenseMean | rows·n values, `wire_dense` | all elements, `wire_dense` |
+//! | Dense, DenseMean | rows·n values, `wire_warmup` or `wire_dense` | all elements, the same type |
 //! | Sparse, SparseMean | [`append_selection`], kept·n values, `wire_up` / `wire_down` | all elements, `wire_dense` |
 //!
 //! Rows in selections are numbered within their segment ([`SegmentShape::absolute`] gives the tensor's).
@@ -171,7 +171,7 @@ pub struct RoundShape {
     pub codec_down: ValueCodec,
     /// How sketches travel.
     pub codec_sketch: ValueCodec,
-    /// How dense tensors and dense rounds travel, both ways.
+    /// How dense tensors travel, or everything in a dense round, both ways.
     pub codec_dense: ValueCodec,
     /// Rank r of sketches.
     pub rank: usize,
@@ -236,7 +236,10 @@ impl RoundShape {
             codec_up: algorithm.codec_up(),
             codec_down: algorithm.codec_down(),
             codec_sketch: algorithm.codec_sketch(),
-            codec_dense: algorithm.codec_dense(),
+            codec_dense: match kind {
+                RoundKind::Dense => algorithm.codec_dense_round(),
+                RoundKind::Sparse { .. } => algorithm.codec_dense(),
+            },
             rank: usize::from(algorithm.sketch_rank),
             compressor: algorithm.compressor,
             selection: algorithm.selection,

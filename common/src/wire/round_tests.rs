@@ -18,6 +18,7 @@ fn plan(change: impl FnOnce(&mut AlgorithmConfig)) -> Plan {
         sketch_rank: 2,
         wire_up: ValueType::Bf16,
         wire_down: ValueType::F32,
+        wire_sketch: ValueType::Bf16,
         warmup_updates: 2,
         ..AlgorithmConfig::default()
     };

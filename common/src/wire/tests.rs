@@ -55,6 +55,7 @@ pub(super) fn hello() -> Control {
                 wire_down: ValueType::Int4,
                 wire_sketch: ValueType::Bf16,
                 wire_dense: ValueType::F32,
+                wire_warmup: ValueType::Int8,
                 quant_block: 64,
                 warmup_updates: 20,
                 bucket_bytes: 25 << 20,
@@ -108,7 +109,7 @@ fn hello_bytes() {
          00 00              # rademacher, per-tensor
          00 00 00 00        # block_width 0
          00 04 00 00        # dense_below_elements 1024
-         04 04 01 00        # wire up int4, down int4, sketch bf16, dense f32
+         04 04 01 00 03     # wire up int4, down int4, sketch bf16, dense f32, warm-up int8
          40 00 00 00        # quant_block 64
          14 00 00 00 00 00 00 00 # warmup_updates 20
          00 00 00 00 00 00 00 00 # ramp_updates

@@ -92,8 +92,8 @@ impl Cell {
             format!("sketch-{}", lower(a.wire_sketch)),
         );
         note(
-            a.wire_dense != base.wire_dense,
-            format!("dense-{}", lower(a.wire_dense)),
+            a.wire_warmup != base.wire_warmup,
+            format!("warm-{}", lower(a.wire_warmup)),
         );
         name
     }
@@ -109,6 +109,7 @@ fn base() -> AlgorithmConfig {
         block_width: 0,
         wire_sketch: ValueType::Bf16,
         wire_dense: ValueType::F32,
+        wire_warmup: ValueType::F32,
         quant_block: 64,
         warmup_updates: 20,
         ramp_updates: 0,
@@ -157,11 +158,11 @@ pub(crate) fn default_cells() -> Vec<Cell> {
     cells.push(int4(0.05).with(|a| a.feedback_decay = 0.95));
     // A warm-up that costs less.
     for (density, wire) in [(0.2, Int8), (0.2, Int4), (0.4, Int8)] {
-        cells.push(int4(density).with(frugal).with(|a| a.wire_dense = wire));
+        cells.push(int4(density).with(frugal).with(|a| a.wire_warmup = wire));
     }
     cells.push(Cell {
         cap: 8,
-        ..int4(0.2).with(frugal).with(|a| a.wire_dense = Int8)
+        ..int4(0.2).with(frugal).with(|a| a.wire_warmup = Int8)
     });
     cells.push(int4(0.2).with(|a| a.feedback = Feedback::None));
     // Their estimates need the mean as it is.

@@ -247,7 +247,7 @@ fn train_tasks(cli: &Cli, mut tasks: Vec<Task<'_>>, results: &Results) -> Result
             &hash,
         ))
     });
-    println!("{} runs to do", tasks.len());
+    println!("{} runs to do (settings {hash})", tasks.len());
     let file = Mutex::new(
         OpenOptions::new()
             .create(true)

@@ -51,7 +51,7 @@ fn state_of(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> TensorState {
         return TensorState::for_dense_tensor(
             algorithm.feedback,
             tensor.elements,
-            algorithm.codec_dense(),
+            algorithm.rounds_dense_tensors(),
         );
     }
     let feedback = match (algorithm.compressor, algorithm.feedback) {

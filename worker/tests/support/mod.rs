@@ -27,6 +27,7 @@ pub fn algorithm(feedback: Feedback, density: f32) -> AlgorithmConfig {
         wire_down: ValueType::F32,
         wire_sketch: ValueType::F32,
         wire_dense: ValueType::F32,
+        wire_warmup: ValueType::F32,
         warmup_updates: 0,
         seed: 7,
         bucket_bytes: 4096,
