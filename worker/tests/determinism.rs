@@ -33,6 +33,7 @@ fn lossy(compressor: Compressor, feedback: Feedback) -> AlgorithmConfig {
         wire_down: ValueType::Int8,
         wire_sketch: ValueType::Bf16,
         wire_dense: ValueType::F16,
+        wire_warmup: ValueType::Int8,
         ..algorithm(feedback, 0.3)
     })
 }
@@ -40,7 +41,9 @@ fn lossy(compressor: Compressor, feedback: Feedback) -> AlgorithmConfig {
 /// The same with the exact mean that ef21's estimates need.
 fn allowed(mut algorithm: AlgorithmConfig) -> AlgorithmConfig {
     if algorithm.keeps_estimates() {
-        (algorithm.wire_down, algorithm.wire_dense) = (ValueType::F32, ValueType::F32);
+        algorithm.wire_down = ValueType::F32;
+        algorithm.wire_dense = ValueType::F32;
+        algorithm.wire_warmup = ValueType::F32;
     }
     algorithm
 }

@@ -97,7 +97,7 @@ pub struct AlgorithmConfig {
     #[arg(long, env = "ARC_COMPRESSOR", value_enum, default_value_t = Self::default().compressor)]
     pub compressor: Compressor,
     /// What becomes of the part of a gradient that was not sent. ef14 trains best with adaptive optimizers. ef21 and
-    /// ef21m need wire_down and wire_dense f32, and end with the first worker that is lost.
+    /// ef21m need wire_down, wire_dense and wire_warmup f32, and end with the first worker that is lost.
     #[arg(long, env = "ARC_FEEDBACK", value_enum, default_value_t = Self::default().feedback)]
     pub feedback: Feedback,
     /// How ef21 and ef21m start: from one dense round, or from zeros.
@@ -144,7 +144,8 @@ pub struct AlgorithmConfig {
     #[arg(long, env = "ARC_WIRE_DENSE", value_enum, default_value_t = Self::default().wire_dense)]
     pub wire_dense: ValueType,
     /// Type of everything in the warm-up's dense rounds (and in ef21's first), both directions, unless the compressor is
-    /// dense. int8 loses nothing that training would notice, and spares slow links most of the warm-up.
+    /// dense. int8 loses nothing that training would notice, and spares slow links most of the warm-up. ef21 and
+    /// ef21m need f32.
     #[arg(long, env = "ARC_WIRE_WARMUP", value_enum, default_value_t = Self::default().wire_warmup)]
     pub wire_warmup: ValueType,
     /// Values that share a scale in int8 and int4, 8..=4096.
@@ -310,6 +311,7 @@ impl AlgorithmConfig {
         let wires = [
             ("wire_down", self.wire_down),
             ("wire_dense", self.wire_dense),
+            ("wire_warmup", self.wire_warmup),
         ];
         wires.into_iter().try_for_each(|(name, value_type)| {
             require(

@@ -341,6 +341,7 @@ fn estimates_need_an_exact_mean() {
             wire_up: ValueType::Int4,
             wire_down,
             wire_dense,
+            wire_warmup: ValueType::F32,
             ..AlgorithmConfig::default()
         };
         config(ValueType::F32, ValueType::F32).validate().unwrap();
@@ -351,6 +352,11 @@ fn estimates_need_an_exact_mean() {
              their estimate for ever; wire_up may be any type, and feedback ef14 takes any"
         );
         assert!(text(config(ValueType::F32, ValueType::Bf16)).starts_with("wire_dense is bf16"));
+        let warm = AlgorithmConfig {
+            wire_warmup: ValueType::Int8,
+            ..config(ValueType::F32, ValueType::F32)
+        };
+        assert!(text(warm).starts_with("wire_warmup is int8"));
         let dense = AlgorithmConfig {
             compressor: Compressor::Dense,
             ..config(ValueType::Int4, ValueType::Bf16)

@@ -287,6 +287,7 @@ fn sparse(feedback: Feedback) -> AlgorithmConfig {
         density: 0.25,
         dense_below_elements: 64,
         wire_down: ValueType::F32,
+        wire_warmup: ValueType::F32,
         ..AlgorithmConfig::default()
     }
 }

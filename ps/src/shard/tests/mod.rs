@@ -26,6 +26,7 @@ fn algorithm(compressor: Compressor) -> AlgorithmConfig {
         dense_below_elements: 4,
         wire_up: ValueType::F32,
         wire_down: ValueType::F32,
+        wire_warmup: ValueType::F32,
         wire_sketch: ValueType::F32,
         warmup_updates: 0,
         ..AlgorithmConfig::default()
