@@ -147,6 +147,7 @@ fn steps(c: &mut Criterion) {
             } else {
                 wire
             },
+            wire_warmup: ValueType::F32,
             warmup_updates: 0,
             ..AlgorithmConfig::default()
         };
