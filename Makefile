@@ -17,6 +17,9 @@ DENY_VERSION := 0.20.2
 DENY       := $(TOOLS)/bin/cargo-deny
 WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
 
+# What the long run of bench-loss compares: dense training, and the defaults.
+LONG_CELLS := 'dense adamw,arc ef14 d0.2 int4 catchup20 sketch-int8 warm-int8'
+
 .PHONY: help
 help: ## list the targets
 	@echo 'arc-topk: data-parallel training through sharded parameter servers. Targets:'
@@ -80,9 +83,11 @@ bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
 	$(CARGO) bench --locked --workspace $(ARGS)
 
 .PHONY: bench-loss
-bench-loss: ## losses by compressor, feedback, optimizer, density and wire type (about an hour; goes on where it stopped)
+bench-loss: ## losses by compressor, feedback, optimizer, density and wire type (under an hour; goes on where it stopped)
 	@$(PYTHON) worker/data/fetch.py shakespeare
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
+	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
+	  --validate-every 100 --rates 0.001,0.002,0.004 --cells $(LONG_CELLS) $(ARGS)
 
 .PHONY: clean-tools
 clean-tools:

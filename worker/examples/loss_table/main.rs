@@ -41,10 +41,10 @@ struct Cli {
     #[arg(long, value_delimiter = ',', default_value = "0,1")]
     seeds: Vec<u64>,
     /// Learning rates of AdamW in either form.
-    #[arg(long, value_delimiter = ',', default_value = "0.002,0.004,0.008")]
+    #[arg(long, value_delimiter = ',', default_value = "0.001,0.002,0.004,0.008")]
     rates: Vec<f32>,
     /// Learning rates of SGD.
-    #[arg(long, value_delimiter = ',', default_value = "0.1,0.3,1.0")]
+    #[arg(long, value_delimiter = ',', default_value = "0.03,0.1,0.3,1.0")]
     sgd_rates: Vec<f32>,
     /// Run every seed at every rate, instead of only the first seed at all and the others at its best.
     #[arg(long)]
