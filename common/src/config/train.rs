@@ -147,7 +147,7 @@ pub struct TrainArgs {
     #[arg(long, env = "ARC_OPTIMIZER", value_enum, default_value_t = OptimizerChoice::CatchUpAdamW)]
     pub optimizer: OptimizerChoice,
     /// Peak learning rate.
-    #[arg(long, env = "ARC_LR", default_value_t = 3e-3)]
+    #[arg(long, env = "ARC_LR", default_value_t = 2e-3)]
     pub lr: f32,
     /// Learning rate at the end of the cosine schedule, as a share of the peak.
     #[arg(long, env = "ARC_LR_MIN_RATIO", default_value_t = 0.1)]
@@ -347,7 +347,7 @@ impl TrainArgs {
             "lr",
             self.lr,
             "a positive number",
-            "1e-3 to 6e-3 suits adamw on tiny; halve it if the loss jumps",
+            "1e-3 to 4e-3 suits adamw on tiny; halve it if the loss jumps",
         )?;
         let share = |v: f32| (0.0..=1.0).contains(&v);
         let decay = |v: f32| (0.0..1.0).contains(&v);

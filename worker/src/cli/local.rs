@@ -53,8 +53,6 @@ Exit status: 0 done, 1 a process failed, 2 wrong usage or settings, 130 stopped 
     after_help = DEMO_EXAMPLES,
     mut_arg("steps", |arg| arg.default_value("240")),
     mut_arg("validate_every", |arg| arg.default_value("40")),
-    mut_arg("density", |arg| arg.default_value("0.4")),
-    mut_arg("lr", |arg| arg.default_value("0.005")),
 )]
 pub(super) struct DemoCommand {
     #[command(flatten)]
@@ -79,12 +77,12 @@ struct LocalSettings {
     train: TrainArgs,
     #[command(flatten)]
     algorithm: AlgorithmConfig,
-    /// Peak learning rate of the dense run of a comparison, which bears a higher one.
+    /// Peak learning rate of the dense run of a comparison: each run should have its own best.
     #[arg(
         long,
         value_name = "LR",
         env = "ARC_DENSE_LR",
-        default_value_t = 6e-3,
+        default_value_t = 4e-3,
         help_heading = "Local job"
     )]
     dense_lr: f32,
