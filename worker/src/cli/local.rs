@@ -51,8 +51,7 @@ Exit status: 0 done, 1 a process failed, 2 wrong usage or settings, 130 stopped 
 #[derive(Args, Debug)]
 #[command(
     after_help = DEMO_EXAMPLES,
-    mut_arg("steps", |arg| arg.default_value("240")),
-    mut_arg("validate_every", |arg| arg.default_value("40")),
+    mut_arg("density", |arg| arg.default_value("0.4")),
 )]
 pub(super) struct DemoCommand {
     #[command(flatten)]
@@ -62,7 +61,7 @@ pub(super) struct DemoCommand {
 const DEMO_EXAMPLES: &str = "\
 Examples:
   arc-worker demo
-  arc-worker demo --density 0.05 --steps 600      sparser and longer
+  arc-worker demo --density 0.2                   half the bytes
   arc-worker demo --task fashion --data .data/fashion-mnist
 
 Exit status: 0 done, 1 a process failed, 2 wrong usage or settings, 130 stopped by a signal.";
