@@ -13,7 +13,7 @@ const LINE_INTERVAL: Duration = Duration::from_secs(5);
 #[derive(Debug)]
 enum Style {
     Bar(ProgressBar),
-    Lines { last: Option<Instant> },
+    Lines { last: Option<Instant>, text: String },
     Json,
 }
 
@@ -38,7 +38,10 @@ impl Progress {
         } else if io::stderr().is_terminal() {
             Style::Bar(bar(name, total))
         } else {
-            Style::Lines { last: None }
+            Style::Lines {
+                last: None,
+                text: String::new(),
+            }
         };
         Self {
             name: name.to_owned(),
@@ -114,7 +117,7 @@ impl Progress {
                 bar.set_position(self.shown);
                 bar.set_message(text);
             }
-            Style::Lines { last } => {
+            Style::Lines { last, .. } => {
                 if fresh_validation || last.is_none_or(|last| last.elapsed() >= LINE_INTERVAL) {
                     *last = Some(Instant::now());
                     self.line();
@@ -124,14 +127,21 @@ impl Progress {
         }
     }
 
-    fn line(&self) {
-        eprintln!(
+    /// A plain line, unless it would say what the last one said.
+    fn line(&mut self) {
+        let new = format!(
             "{}: step {}/{}  {}",
             self.name,
             self.shown,
             self.total,
             self.text()
         );
+        if let Style::Lines { text, .. } = &mut self.style
+            && *text != new
+        {
+            eprintln!("{new}");
+            *text = new;
+        }
     }
 
     /// Means over the workers' latest records.
