@@ -186,6 +186,7 @@ fn control_seeds() -> Vec<Vec<u8>> {
         shard: 0,
         host: "host 1".into(),
         plan: PlanSpec {
+            trainer: String::new(),
             algorithm: AlgorithmConfig::default(),
             shards: 2,
             tensors: vec![tensor("embed", &[256, 64]), tensor("norm", &[64])],

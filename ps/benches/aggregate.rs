@@ -101,6 +101,7 @@ fn shard(value_type: ValueType) -> Shard {
         shard: 0,
         host: String::new(),
         plan: PlanSpec {
+            trainer: String::new(),
             algorithm,
             shards: 1,
             tensors,

@@ -74,6 +74,7 @@ fn spec() -> PlanSpec {
         ..AlgorithmConfig::default()
     };
     PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors,

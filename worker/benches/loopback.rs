@@ -110,6 +110,7 @@ fn plan(case: &Case, size: Size) -> Plan {
         ..AlgorithmConfig::default()
     };
     let spec = PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors: tensors.collect(),

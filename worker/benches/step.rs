@@ -152,6 +152,7 @@ fn steps(c: &mut Criterion) {
             ..AlgorithmConfig::default()
         };
         let spec = PlanSpec {
+            trainer: String::new(),
             algorithm,
             shards: 2,
             tensors: tensors.clone(),

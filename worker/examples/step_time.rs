@@ -22,6 +22,7 @@ struct Cli {
 fn main() -> Result<(), Box<dyn Error>> {
     let args = Cli::parse().train;
     let spec = PlanSpec {
+        trainer: String::new(),
         algorithm: AlgorithmConfig::default(),
         shards: 1,
         tensors: parameters(&args)?,

@@ -34,6 +34,7 @@ fn digest() -> String {
         ..AlgorithmConfig::default()
     };
     let spec = PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors: parameters(&config.args).unwrap(),

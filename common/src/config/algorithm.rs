@@ -31,7 +31,7 @@ pub enum Feedback {
     Ef14,
     /// Workers send corrections to an estimate h of their gradient (Richtárik et al. 2021).
     Ef21,
-    /// [`Feedback::Ef21`] of a momentum average of the gradient (Fatkhullin et al. 2023).
+    /// ef21 of a momentum average of the gradient (Fatkhullin et al. 2023).
     Ef21m,
 }
 

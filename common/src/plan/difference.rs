@@ -76,6 +76,7 @@ impl PlanSpec {
     pub fn first_difference(&self, other: &Self) -> Option<PlanDifference> {
         self.algorithm
             .first_difference(&other.algorithm)
+            .or_else(|| first_trainer_difference(&self.trainer, &other.trainer))
             .or_else(|| differ("shards", &self.shards, &other.shards))
             .or_else(|| first_tensor_difference(&self.tensors, &other.tensors))
     }
@@ -115,6 +116,27 @@ impl AlgorithmConfig {
             seed,
             bucket_bytes,
         )
+    }
+}
+
+/// First of the lines `name=value` in which two trainers differ.
+fn first_trainer_difference(here: &str, there: &str) -> Option<PlanDifference> {
+    if here == there {
+        return None;
+    }
+    let (mut ours, mut theirs) = (here.lines(), there.lines());
+    loop {
+        let (our, their) = (ours.next(), theirs.next());
+        if our != their {
+            let parts = |line: Option<&str>| {
+                let (name, value) = line.unwrap_or_default().split_once('=').unwrap_or_default();
+                (name.to_owned(), value.to_owned())
+            };
+            let ((name, here), (other, there)) = (parts(our), parts(their));
+            let what = if name.is_empty() { other } else { name };
+            return Some(PlanDifference { what, here, there });
+        }
+        our?;
     }
 }
 

@@ -52,6 +52,10 @@ pub struct TensorSpec {
 /// All that peers must agree on.
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
 pub struct PlanSpec {
+    /// Whatever else the trainers must agree on (learning rate, optimizer, steps …), a line `name=value` for each, in a
+    /// fixed order; may be empty. At most [`MAX_TRAINER_BYTES`](crate::wire::MAX_TRAINER_BYTES).
+    #[serde(default)]
+    pub trainer: String,
     /// What is computed.
     pub algorithm: AlgorithmConfig,
     /// Number of shards.

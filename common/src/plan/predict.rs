@@ -347,6 +347,7 @@ mod tests {
             ..AlgorithmConfig::default()
         };
         PlanSpec {
+            trainer: String::new(),
             algorithm,
             shards,
             tensors: vec![tensor("w", &[1024, 100]), tensor("b", &[50])],

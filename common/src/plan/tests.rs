@@ -15,6 +15,7 @@ fn tensor(name: &str, shape: &[u64]) -> TensorSpec {
 
 fn spec(shards: u16, tensors: Vec<TensorSpec>) -> PlanSpec {
     PlanSpec {
+        trainer: String::new(),
         algorithm: AlgorithmConfig {
             density: 0.2,
             sketch_rank: 4,
@@ -280,6 +281,32 @@ fn differences_name_the_first_mismatch() {
 }
 
 #[test]
+fn what_trainers_disagree_on_is_named() {
+    let told = |trainer: &str| PlanSpec {
+        trainer: trainer.to_owned(),
+        ..small()
+    };
+    let difference = |a: &str, b: &str| {
+        let difference = told(a).first_difference(&told(b));
+        difference.map(|difference| difference.to_string())
+    };
+    assert_eq!(difference("lr=1\nclip=2\n", "lr=1\nclip=2\n"), None);
+    assert_eq!(
+        difference("lr=1\nclip=2\n", "lr=1\nclip=3\n").as_deref(),
+        Some("clip: 2 here, 3 there")
+    );
+    assert_eq!(
+        difference("lr=1\n", "").as_deref(),
+        Some("lr: 1 here,  there")
+    );
+    assert_eq!(
+        difference("", "lr=1").as_deref(),
+        Some("lr:  here, 1 there")
+    );
+    assert_ne!(told("lr=1").hash(), told("lr=2").hash());
+}
+
+#[test]
 fn the_hash_is_the_same_on_every_machine() {
     let mut spec = small();
     // Not the defaults, which may be tuned.
@@ -295,7 +322,7 @@ fn the_hash_is_the_same_on_every_machine() {
     let hex: String = spec.hash().iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(
         hex,
-        "f3f100c070f8b78466d4841ff8367926fd83ccfee48adccfcc2996614a160f4d"
+        "5c3c5ef37125eb8c8c9a07c05dbdd574ee1c160a64c3494c4186bda33b5f780b"
     );
 }
 
@@ -328,6 +355,7 @@ fn any_spec() -> impl Strategy<Value = PlanSpec> {
                     ..AlgorithmConfig::default()
                 };
                 PlanSpec {
+                    trainer: String::new(),
                     algorithm,
                     shards,
                     tensors,

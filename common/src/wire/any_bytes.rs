@@ -24,6 +24,7 @@ pub fn control(bytes: &[u8]) {
         if let Control::Hello(hello) = message {
             // An error is as good as a plan; neither may panic.
             let _ = hello.plan.first_difference(&PlanSpec {
+                trainer: String::new(),
                 shards: 1,
                 ..hello.plan.clone()
             });
@@ -171,6 +172,7 @@ pub fn shape(choice: u8) -> RoundShape {
         tensor("b", &[10, 8]),
     ];
     let plan = Plan::build(PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors,

@@ -35,7 +35,9 @@ mod tests;
 
 pub use control::{MAX_DETAIL_BYTES, MAX_HOST_BYTES, MAX_JOB_BYTES, MAX_WORLD};
 pub use error::{Blame, WireError};
-pub use plan_spec::{MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, encode_plan_spec};
+pub use plan_spec::{
+    MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, MAX_TRAINER_BYTES, encode_plan_spec,
+};
 pub use round::{Direction, Layout, Phase, RoundShape, SegmentShape, SelectedRows};
 pub use selection::{append_selection, decode_selection, encode_selection, selection_limit};
 

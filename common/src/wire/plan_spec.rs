@@ -14,6 +14,8 @@ use crate::plan::{DType, PlanSpec, TensorSpec};
 pub const MAX_TENSORS: usize = 1 << 16;
 /// Longest tensor name, bytes.
 pub const MAX_NAME_BYTES: usize = 512;
+/// Longest text of what trainers agree on, bytes.
+pub const MAX_TRAINER_BYTES: usize = 8192;
 /// Most dimensions of a tensor.
 pub const MAX_DIMENSIONS: usize = 8;
 
@@ -81,6 +83,7 @@ pub fn encode_plan_spec(spec: &PlanSpec) -> Vec<u8> {
 
 pub(super) fn write_plan_spec(w: &mut Writer<'_>, spec: &PlanSpec) {
     write_algorithm(w, &spec.algorithm);
+    w.text_cut(&spec.trainer, MAX_TRAINER_BYTES);
     w.u16(spec.shards);
     w.count(spec.tensors.len());
     for tensor in &spec.tensors {
@@ -94,6 +97,7 @@ pub(super) fn write_plan_spec(w: &mut Writer<'_>, spec: &PlanSpec) {
 
 pub(super) fn read_plan_spec(r: &mut Reader<'_>) -> Result<PlanSpec, WireError> {
     let algorithm = read_algorithm(r)?;
+    let trainer = r.text("trainer's settings", MAX_TRAINER_BYTES)?;
     let shards = r.u16("shards")?;
     // The shortest tensor: two counts, a type and an absent density.
     let count = r.count("tensors", MAX_TENSORS, 10)?;
@@ -101,6 +105,7 @@ pub(super) fn read_plan_spec(r: &mut Reader<'_>) -> Result<PlanSpec, WireError> 
         .map(|_| read_tensor(r))
         .collect::<Result<_, _>>()?;
     Ok(PlanSpec {
+        trainer,
         algorithm,
         shards,
         tensors,

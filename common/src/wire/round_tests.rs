@@ -35,6 +35,7 @@ fn plan(change: impl FnOnce(&mut AlgorithmConfig)) -> Plan {
         tensor("b", &[10, 8]),
     ];
     Plan::build(PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors,

@@ -45,6 +45,7 @@ pub(super) fn hello() -> Control {
         shard: 1,
         host: "h".into(),
         plan: PlanSpec {
+            trainer: "lr=01".into(),
             algorithm: AlgorithmConfig {
                 density: 0.2,
                 eta: 0.1,
@@ -115,6 +116,7 @@ fn hello_bytes() {
          00 00 00 00 00 00 00 00 # ramp_updates
          00 00 00 00 00 00 00 00 # seed
          00 00 90 01        # bucket_bytes 25 MiB
+         05 00 00 00 6c723d3031 # trainer \"lr=01\"
          02 00              # shards 2
          01 00 00 00        # one tensor
          01 00 00 00 77     # name \"w\"

@@ -102,6 +102,7 @@ pub(crate) fn train(
     let mut algorithm = cell.algorithm.clone();
     algorithm.seed = seed;
     let spec = PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: settings.shards,
         tensors: parameters(&args)?,

@@ -160,6 +160,7 @@ impl LocalSettings {
         if own_trainer {
             let tensors = parameters(&train)?;
             Plan::build(PlanSpec {
+                trainer: String::new(),
                 algorithm: self.algorithm.clone(),
                 shards: self.local.shards,
                 tensors,

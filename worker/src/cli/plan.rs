@@ -124,6 +124,7 @@ pub(super) fn run(command: &PlanCommand) -> Result<(), CliError> {
         .map(|tensor| tensor.shape.iter().product::<u64>())
         .sum();
     let spec = PlanSpec {
+        trainer: String::new(),
         algorithm: command.algorithm.clone(),
         shards: command.shards,
         tensors,

@@ -10,8 +10,8 @@ use crate::reducer::Reducer;
 use crate::report::{Run, closing_table};
 use crate::session::{NetConfig, NetEvent, QuicReducer};
 use crate::train::{
-    self, LocalReducer, Observer, TrainConfig, TrainError, data::Dataset, parameters, resume_point,
-    use_threads,
+    self, LocalReducer, Observer, TrainConfig, TrainError, agreed_settings, data::Dataset,
+    parameters, resume_point, use_threads,
 };
 use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs};
 use arc_topk_common::ids::{Rank, Step};
@@ -74,6 +74,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
     // Before anything is joined: a worker without data would be lost to the others.
     let data = Arc::new(Dataset::load(&command.train).map_err(TrainError::from)?);
     let spec = PlanSpec {
+        trainer: agreed_settings(&command.train),
         algorithm: command.algorithm.clone(),
         shards: shards.max(1),
         tensors,

@@ -72,6 +72,22 @@ pub enum CheckpointError {
         /// Step of the newest.
         newest: u64,
     },
+    /// Another rank has no checkpoint of the step.
+    #[error(
+        "{}: rank {rank} has no checkpoint of step {step}, only of {has:?}, and all ranks must go on from the same one; \
+         if that rank was lost or is not wanted any more, move its directory away, number the others without a gap and resume with as many workers",
+        directory.display()
+    )]
+    NotCommon {
+        /// Directory of all ranks.
+        directory: PathBuf,
+        /// Step that was tried.
+        step: u64,
+        /// Rank that lacks it.
+        rank: u16,
+        /// Steps that it has.
+        has: Vec<u64>,
+    },
     /// It was made by another model, optimizer or feedback rule.
     #[error("checkpoint {} does not fit this run: {detail}; use the settings that made it, or another --checkpoint-dir", path.display())]
     Mismatch {
@@ -136,6 +152,18 @@ impl CheckpointStore {
         Ok(path)
     }
 
+    /// Makes sure that checkpoints can be written, before there is one to lose.
+    ///
+    /// # Errors
+    /// If the directory cannot be made or a file in it cannot be written.
+    pub fn prepare(&self) -> Result<(), CheckpointError> {
+        let directory = self.rank_directory(self.rank);
+        fs::create_dir_all(&directory).map_err(|source| io_error("create", &directory, source))?;
+        let probe = directory.join("writable.new");
+        File::create(&probe).map_err(|source| io_error("write", &probe, source))?;
+        fs::remove_file(&probe).map_err(|source| io_error("remove", &probe, source))
+    }
+
     /// Checks that a run which starts afresh finds no checkpoints of an earlier one.
     ///
     /// # Errors
@@ -198,7 +226,17 @@ impl CheckpointStore {
         let ranks = Self::ranks(&self.directory)?;
         for rank in ranks.into_iter().filter(|rank| *rank != self.rank) {
             let peer = Self::new(&self.directory, rank);
-            if !steps_in(&peer.rank_directory(rank))?.is_empty() {
+            let has = steps_in(&peer.rank_directory(rank))?;
+            if !has.is_empty() && !has.contains(&step) {
+                let directory = self.directory.clone();
+                return Err(CheckpointError::NotCommon {
+                    directory,
+                    step,
+                    rank,
+                    has,
+                });
+            }
+            if !has.is_empty() {
                 peer.load(step)?;
             }
         }

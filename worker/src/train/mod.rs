@@ -18,7 +18,7 @@ mod trainer;
 pub use checkpoint::{Arrays, Checkpoint, CheckpointError, CheckpointStore};
 pub use local::LocalReducer;
 pub use observer::{Observer, Quiet, Validation};
-pub use run::{ResumePoint, TrainConfig, resume_point, run, run_on};
+pub use run::{ResumePoint, TrainConfig, agreed_settings, resume_point, run, run_on};
 pub use schedule::Schedule;
 pub use trainer::{Push, Results, Trainer, optimizer_config, parameters, use_threads};
 

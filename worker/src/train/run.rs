@@ -109,21 +109,38 @@ pub fn run_on(
     run.end()
 }
 
+/// Settings that decide no result.
+const FREE_SETTINGS: [&str; 8] = [
+    "checkpoint_dir",
+    "checkpoint_every",
+    "resume",
+    "run_dir",
+    "threads",
+    "json",
+    "validate_every",
+    "validate_batches",
+];
+
+/// What all workers of a job must be told alike, for the plan's `trainer`: with another learning rate or optimizer on one
+/// of them, their parameters would drift apart unnoticed. Paths may differ from machine to machine.
+#[must_use]
+pub fn agreed_settings(args: &TrainArgs) -> String {
+    let settings = serde_json::to_value(args).expect("settings are plain values");
+    let mut text = String::new();
+    for (name, value) in settings.as_object().into_iter().flatten() {
+        let path = ["data", "tokenizer"].contains(&name.as_str());
+        if !path && !value.is_null() && !FREE_SETTINGS.contains(&name.as_str()) {
+            text += &format!("{name}={value}\n");
+        }
+    }
+    text
+}
+
 /// Hash of all settings that decide the result.
 fn config_hash(args: &TrainArgs, plan: &Plan) -> String {
     let mut settings = serde_json::to_value(args).expect("settings are plain values");
-    let free = [
-        "checkpoint_dir",
-        "checkpoint_every",
-        "resume",
-        "run_dir",
-        "threads",
-        "json",
-        "validate_every",
-        "validate_batches",
-    ];
     if let Some(settings) = settings.as_object_mut() {
-        settings.retain(|key, _| !free.contains(&key.as_str()));
+        settings.retain(|key, _| !FREE_SETTINGS.contains(&key.as_str()));
     }
     let mut hash = Sha256::new();
     hash.update(plan.spec.hash());
@@ -179,6 +196,10 @@ impl<'a> Run<'a> {
             run.resume(reducer, observer)?;
         } else if let Some(store) = &run.store {
             store.check_unused()?;
+        }
+        if let Some(store) = &run.store {
+            // Not at the first checkpoint, hours later.
+            store.prepare()?;
         }
         if Step(run.first_step) != reducer.start_step() {
             return Err(TrainError::StartStep {

@@ -33,6 +33,7 @@ fn small(line: &str) -> TrainConfig {
 
 fn spec(config: &TrainConfig, algorithm: AlgorithmConfig, shards: u16) -> PlanSpec {
     PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards,
         tensors: parameters(&config.args).unwrap(),
@@ -150,6 +151,30 @@ fn a_worker_that_would_start_elsewhere_than_the_job_is_told() {
         }
     ));
     assert!(error.to_string().contains("--resume"), "{error}");
+}
+
+#[test]
+fn workers_agree_on_all_that_decides_and_on_nothing_else() {
+    let text = |line: &str| agreed_settings(&small(line).args);
+    for other in [
+        "--lr 0.1",
+        "--optimizer sgd",
+        "--clip 0",
+        "--steps 3",
+        "--batch 1",
+    ] {
+        assert_ne!(text(""), text(other), "{other}");
+    }
+    for free in [
+        "--threads 3",
+        "--data /x",
+        "--json",
+        "--run-dir /y",
+        "--validate-every 1",
+    ] {
+        assert_eq!(text(""), text(free), "{free}");
+    }
+    assert!(text("").contains("lr="));
 }
 
 #[test]

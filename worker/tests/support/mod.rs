@@ -46,6 +46,7 @@ pub fn tensor(name: &str, shape: &[u64]) -> TensorSpec {
 
 pub fn spec(algorithm: AlgorithmConfig, shards: u16, tensors: Vec<TensorSpec>) -> PlanSpec {
     PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards,
         tensors,

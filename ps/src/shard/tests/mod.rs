@@ -47,6 +47,7 @@ fn spec(algorithm: AlgorithmConfig) -> PlanSpec {
         tensor("a", &[4, 2]),
     ];
     PlanSpec {
+        trainer: String::new(),
         algorithm,
         shards: 1,
         tensors,
