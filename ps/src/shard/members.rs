@@ -250,7 +250,14 @@ impl Shard {
                 ),
             ));
         }
-        if hello.start_step != job.start_step {
+        // Where a running job started is no news to a worker that comes too late for it.
+        let too_late = match &job.members {
+            Members::Gathering(_) => false,
+            Members::Running { awaited, .. } => {
+                !hello.rank.is_some_and(|rank| awaited.contains(&rank))
+            }
+        };
+        if hello.start_step != job.start_step && !too_late {
             return Err(Refusal(
                 RefusalCode::Step,
                 format!(

@@ -339,6 +339,16 @@ impl<'a> Job<'a> {
                 if !status.success() && !stopping {
                     self.failed += 1;
                     progress.complaint(&complaint(&self.processes[index], status));
+                    let left = self.ended[usize::from(self.spec.shards)..]
+                        .iter()
+                        .filter(|ended| !**ended)
+                        .count();
+                    if rank.is_some() && left > 0 {
+                        progress.complaint(&format!(
+                            "arc-worker: the job goes on with the other workers, {left} of {}",
+                            self.spec.workers
+                        ));
+                    }
                 }
             }
         }

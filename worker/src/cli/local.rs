@@ -115,6 +115,13 @@ pub(super) fn demo(command: &DemoCommand) -> Result<(), CliError> {
         .run_dir
         .clone()
         .unwrap_or_else(|| "runs/demo".into());
+    let (local, train) = (&command.settings.local, &command.settings.train);
+    if !train.json {
+        eprintln!(
+            "demo: two runs of {} steps, dense and then compressed; in each, {} workers and {} shards as processes of their own",
+            train.steps, local.workers, local.shards
+        );
+    }
     compare(&command.settings, &dir)
 }
 

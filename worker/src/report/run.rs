@@ -88,7 +88,8 @@ impl Run {
     }
 
     /// As [`Run::ratio`], of the steps after warm-up and ramp: those whose density is at most a tenth above the median
-    /// of the run's second half. Skipped steps, which move no values, do not count.
+    /// of the run's second half. Skipped steps, which move no values, do not count. `None` if a run that compresses did
+    /// not get that far.
     #[must_use]
     pub fn steady_ratio(&self) -> Option<f64> {
         let applied = || self.steps.iter().filter(|r| !r.skipped);
@@ -96,6 +97,10 @@ impl Run {
         late.drain(..late.len() / 2);
         late.sort_by(f32::total_cmp);
         let usual = *late.get(late.len() / 2)?;
+        if usual >= 1.0 && self.setting("compressor").is_some_and(|c| c != "dense") {
+            // It ended within its warm-up.
+            return None;
+        }
         ratio_of(applied().filter(|r| r.density <= usual * 1.1))
     }
 

@@ -79,7 +79,10 @@ fn the_others_finish_when_a_worker_is_killed() {
     let said = end(job, lines);
     assert_eq!(said.code, Some(1), "{}", said.error);
     assert!(
-        said.error.contains("worker 1 ended with signal: 9"),
+        said.error.contains("worker 1 ended with signal: 9")
+            && said
+                .error
+                .contains("goes on with the other workers, 2 of 3"),
         "{}",
         said.error
     );

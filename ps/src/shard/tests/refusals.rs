@@ -136,6 +136,13 @@ fn a_running_job_takes_nobody() {
         detail.starts_with("the job runs already with 2 of 2 workers at step 0"),
         "{detail}"
     );
+    // A worker that was lost and comes back from its checkpoint is told the same, not where the job started.
+    let back = Hello {
+        start_step: Step(200),
+        ..hello(&spec)
+    };
+    let (_, code, _) = refusals(&bench.hello(10, back)).remove(0);
+    assert_eq!(code, RefusalCode::World);
 }
 
 /// Sends one frame as rank 1 of 3 after rank 0 sent a good one; the refusal's text. Ranks 0 and 2 then finish the phase.
