@@ -65,7 +65,17 @@ impl RefusalCode {
     }
 }
 
+/// Bytes of the length that goes in front of a control message (u32, little endian).
+pub const CONTROL_LENGTH_BYTES: usize = size_of::<u32>();
+
 impl Control {
+    /// Bytes of the message on its stream, its length in front included. Encodes it for that: messages are few, and all
+    /// but the Hello short.
+    #[must_use]
+    pub fn framed_bytes(&self) -> u64 {
+        (CONTROL_LENGTH_BYTES + self.encode().len()) as u64
+    }
+
     /// The message's bytes, without the length in front. Texts for people are cut to their limits.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {

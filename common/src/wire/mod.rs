@@ -33,7 +33,9 @@ mod selection;
 #[cfg(test)]
 mod tests;
 
-pub use control::{MAX_DETAIL_BYTES, MAX_HOST_BYTES, MAX_JOB_BYTES, MAX_WORLD};
+pub use control::{
+    CONTROL_LENGTH_BYTES, MAX_DETAIL_BYTES, MAX_HOST_BYTES, MAX_JOB_BYTES, MAX_WORLD,
+};
 pub use error::{Blame, WireError};
 pub use plan_spec::{
     MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, MAX_TRAINER_BYTES, encode_plan_spec,

@@ -1,13 +1,13 @@
 //! Control messages and round frames on QUIC streams.
 
 use crate::error::{TransportError, connection_error};
-use arc_topk_common::wire::{Control, FrameHeader, HEADER_BYTES, MAX_CONTROL_BYTES};
+use arc_topk_common::wire::{
+    CONTROL_LENGTH_BYTES, Control, FrameHeader, HEADER_BYTES, MAX_CONTROL_BYTES,
+};
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream, WriteError};
 use tokio::io::AsyncReadExt;
 
-/// Bytes of the length in front of a control message.
-const LENGTH_BYTES: usize = 4;
 /// Memory that a claimed length alone obtains; more is taken as bytes arrive.
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
 
@@ -89,7 +89,7 @@ impl ControlSender {
     /// The stream or connection has ended.
     pub async fn send(&mut self, message: &Control) -> Result<(), TransportError> {
         let body = message.encode();
-        let mut bytes = BytesMut::with_capacity(LENGTH_BYTES + body.len());
+        let mut bytes = BytesMut::with_capacity(CONTROL_LENGTH_BYTES + body.len());
         let length = u32::try_from(body.len()).expect("control messages are below 16 MiB");
         bytes.put_u32_le(length);
         bytes.put_slice(&body);
@@ -127,7 +127,7 @@ impl ControlReceiver {
     /// # Errors
     /// A message above its limit or one that does not parse; the stream or connection has ended inside one.
     pub async fn recv(&mut self) -> Result<Option<Control>, TransportError> {
-        let mut length = [0; LENGTH_BYTES];
+        let mut length = [0; CONTROL_LENGTH_BYTES];
         if !read_start(
             &mut self.stream,
             &mut length,

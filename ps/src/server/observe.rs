@@ -124,11 +124,10 @@ pub(super) fn header(hub: &Hub, flow: Flow) {
         .add_bytes(Kind::Control, flow, HEADER_BYTES as u64);
 }
 
-/// A control message came or went, with its length in front. Encoding it once more costs nothing: they are few, and all
-/// but the Hello short.
+/// A control message came or went.
 pub(super) fn control(hub: &Hub, flow: Flow, message: &Control) {
-    let bytes = size_of::<u32>() + message.encode().len();
-    hub.metrics.add_bytes(Kind::Control, flow, bytes as u64);
+    hub.metrics
+        .add_bytes(Kind::Control, flow, message.framed_bytes());
 }
 
 fn add(hub: &Hub, traffic: Traffic, flow: Flow) {

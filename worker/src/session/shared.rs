@@ -58,12 +58,12 @@ pub(super) struct ControlBytes {
 impl ControlBytes {
     pub(super) fn add_sent(&self, message: &Control) {
         self.sent
-            .fetch_add(framed_bytes(message), Ordering::Relaxed);
+            .fetch_add(message.framed_bytes(), Ordering::Relaxed);
     }
 
     pub(super) fn add_received(&self, message: &Control) {
         self.received
-            .fetch_add(framed_bytes(message), Ordering::Relaxed);
+            .fetch_add(message.framed_bytes(), Ordering::Relaxed);
     }
 
     /// (sent, received)
@@ -73,12 +73,6 @@ impl ControlBytes {
             self.received.swap(0, Ordering::Relaxed),
         )
     }
-}
-
-/// Bytes of a message on the wire, its length in front included. Messages are few and short: encoding them once more
-/// costs nothing.
-fn framed_bytes(message: &Control) -> u64 {
-    (size_of::<u32>() + message.encode().len()) as u64
 }
 
 /// See the module.

@@ -140,19 +140,13 @@ fn a_port_in_use_is_named_with_its_remedy() {
     let dir = tempfile::tempdir().unwrap();
     let certs = dir.path().join("certs").display().to_string();
     assert_eq!(said(&["ps", "certs", "--out", &certs]).code, Some(0));
+    let serve = |listen: &str, admin: &str| {
+        let job = ["ps", "--certs", &certs, "--workers", "1"];
+        said(&[&job[..], &["--listen", listen, "--admin", admin]].concat())
+    };
     let taken = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let ps = said(&[
-        "ps",
-        "--certs",
-        &certs,
-        "--workers",
-        "1",
-        "--listen",
-        &address,
-        "--admin",
-        "off",
-    ]);
+    let ps = serve(&address, "off");
     assert_eq!(ps.code, Some(1));
     assert!(
         ps.error.contains(&address) && ps.error.contains("--listen"),
@@ -161,17 +155,7 @@ fn a_port_in_use_is_named_with_its_remedy() {
     );
     let taken = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
     let address = taken.local_addr().unwrap().to_string();
-    let ps = said(&[
-        "ps",
-        "--certs",
-        &certs,
-        "--workers",
-        "1",
-        "--listen",
-        "127.0.0.1:0",
-        "--admin",
-        &address,
-    ]);
+    let ps = serve("127.0.0.1:0", &address);
     assert_eq!(ps.code, Some(1));
     assert!(
         ps.error.contains(&address) && ps.error.contains("--admin"),

@@ -73,19 +73,7 @@ fn a_worker_that_goes_while_gathering_makes_room() {
 
 #[test]
 fn other_shards_welcome_at_once_and_wait_for_the_others_in_rounds() {
-    let mut spec = spec(algorithm(Compressor::Dense));
-    spec.shards = 2;
-    let plan = Plan::build(spec.clone()).unwrap();
-    let shard = Shard::new(ShardConfig {
-        shard: ShardId(1),
-        shards: 2,
-        ..config(2)
-    });
-    let mut bench = Bench {
-        shard,
-        now: Duration::ZERO,
-        plan,
-    };
+    let (mut bench, spec) = second_of_two();
     let other = |rank| Hello {
         rank: Some(Rank(rank)),
         shard: 1,
@@ -105,19 +93,7 @@ fn other_shards_welcome_at_once_and_wait_for_the_others_in_rounds() {
 
 #[test]
 fn a_rank_that_never_comes_is_given_up_after_the_grace() {
-    let mut spec = spec(algorithm(Compressor::Dense));
-    spec.shards = 2;
-    let plan = Plan::build(spec.clone()).unwrap();
-    let shard = Shard::new(ShardConfig {
-        shard: ShardId(1),
-        shards: 2,
-        ..config(2)
-    });
-    let mut bench = Bench {
-        shard,
-        now: Duration::ZERO,
-        plan,
-    };
+    let (mut bench, spec) = second_of_two();
     bench.hello(
         5,
         Hello {

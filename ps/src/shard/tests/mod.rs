@@ -78,6 +78,23 @@ fn config(world: u16) -> ShardConfig {
     }
 }
 
+/// Shard 1 of two, which waits for a job of two workers, and that job's specification.
+fn second_of_two() -> (Bench, PlanSpec) {
+    let mut spec = spec(algorithm(Compressor::Dense));
+    spec.shards = 2;
+    let shard = Shard::new(ShardConfig {
+        shard: ShardId(1),
+        shards: 2,
+        ..config(2)
+    });
+    let bench = Bench {
+        shard,
+        now: Duration::ZERO,
+        plan: Plan::build(spec.clone()).unwrap(),
+    };
+    (bench, spec)
+}
+
 /// A shard and its clock.
 struct Bench {
     shard: Shard,

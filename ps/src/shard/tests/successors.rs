@@ -4,18 +4,7 @@ use super::*;
 
 /// Shard 1 of two, with a job of two workers at step 1, and the specification.
 fn stepping() -> (Bench, PlanSpec) {
-    let mut spec = spec(algorithm(Compressor::Dense));
-    spec.shards = 2;
-    let shard = Shard::new(ShardConfig {
-        shard: ShardId(1),
-        shards: 2,
-        ..config(2)
-    });
-    let mut bench = Bench {
-        shard,
-        now: Duration::ZERO,
-        plan: Plan::build(spec.clone()).unwrap(),
-    };
+    let (mut bench, spec) = second_of_two();
     for rank in 0..2 {
         let welcomed = bench.hello(u64::from(rank), old(&spec, rank));
         assert_eq!(welcomes(&welcomed), [(u64::from(rank), rank, 0)]);
