@@ -27,7 +27,8 @@ macro_rules! id {
 }
 
 id!(
-    /// Position of a worker in the order in which contributions are summed, `0..world size`.
+    /// Position of a worker in the order in which contributions are summed. A run gives each rank once: those that
+    /// start it are `0..world size`, one that joins later gets the next number, and none is given again.
     Rank(u16)
 );
 id!(
@@ -50,3 +51,14 @@ id!(
     /// Number of the round, counted from 0 and shared by all workers. A skipped update still uses one up.
     Step(u64)
 );
+
+/// Names one start of a job: sixteen random bytes of the worker that came first. Members of another start are told to
+/// join again.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug, Default)]
+pub struct RunId(pub [u8; 16]);
+
+impl fmt::Display for RunId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0[..4].iter().try_for_each(|byte| write!(f, "{byte:02x}"))
+    }
+}

@@ -6,8 +6,10 @@
 
 use super::codec::{Reader, Writer};
 use super::plan_spec::{read_plan_spec, write_plan_spec};
-use super::{Control, Hello, MAX_CONTROL_BYTES, RefusalCode, Welcome, WireError};
-use crate::ids::{Epoch, Rank, Step};
+use super::{
+    Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError,
+};
+use crate::ids::{Epoch, Rank, RunId, Step};
 
 /// Longest job name, bytes.
 pub const MAX_JOB_BYTES: usize = 128;
@@ -25,10 +27,20 @@ const REFUSED: u8 = 4;
 const MEMBERSHIP: u8 = 5;
 const LEAVE: u8 = 6;
 const REPORT: u8 = 7;
+const RETELLING: u8 = 8;
+const AWAY: u8 = 9;
+const READY: u8 = 10;
+const DIGEST: u8 = 11;
+const DIGESTS_DIFFER: u8 = 12;
+const DONATE: u8 = 13;
+const DONATED: u8 = 14;
+
+const JOIN: u8 = 0;
+const MEMBER: u8 = 1;
 
 impl RefusalCode {
     /// All codes, in the order of their numbers.
-    pub const ALL: [Self; 10] = [
+    pub const ALL: [Self; 11] = [
         Self::Version,
         Self::Job,
         Self::Plan,
@@ -39,6 +51,7 @@ impl RefusalCode {
         Self::TooFewWorkers,
         Self::Shutdown,
         Self::Shard,
+        Self::Superseded,
     ];
 
     /// The code as a word, for metrics and logs.
@@ -55,6 +68,7 @@ impl RefusalCode {
             Self::TooFewWorkers => "too_few_workers",
             Self::Shutdown => "shutdown",
             Self::Shard => "shard",
+            Self::Superseded => "superseded",
         }
     }
 
@@ -85,10 +99,10 @@ impl Control {
             Self::Hello(hello) => write_hello(&mut w, hello),
             Self::Welcome(welcome) => {
                 w.u8(WELCOME);
-                w.u32(welcome.epoch.0);
-                w.u16(welcome.rank.0);
-                w.u16(welcome.world);
-                w.u64(welcome.start_step.0);
+                w.u64(welcome.shard_incarnation);
+                write_place(&mut w, &welcome.place);
+                w.u64(welcome.step.0);
+                w.u8(u8::from(welcome.snapshot));
             }
             Self::Waiting { joined, world } => {
                 w.u8(WAITING);
@@ -102,14 +116,41 @@ impl Control {
             }
             Self::Membership {
                 epoch,
+                next_rank,
                 members,
+                away,
                 reason,
             } => {
                 w.u8(MEMBERSHIP);
                 w.u32(epoch.0);
-                w.count(members.len());
-                members.iter().for_each(|rank| w.u16(rank.0));
+                w.u16(*next_rank);
+                write_ranks(&mut w, members);
+                write_ranks(&mut w, away);
                 w.text_cut(reason, MAX_DETAIL_BYTES);
+            }
+            Self::Retelling { frames } => {
+                w.u8(RETELLING);
+                w.u32(*frames);
+            }
+            Self::Away => w.u8(AWAY),
+            Self::Ready { step } => {
+                w.u8(READY);
+                w.u64(step.0);
+            }
+            Self::Digest { step, digest } => {
+                w.u8(DIGEST);
+                w.u64(step.0);
+                w.bytes(digest);
+            }
+            Self::DigestsDiffer { step, ranks } => {
+                w.u8(DIGESTS_DIFFER);
+                w.u64(step.0);
+                write_ranks(&mut w, ranks);
+            }
+            Self::Donate => w.u8(DONATE),
+            Self::Donated { step } => {
+                w.u8(DONATED);
+                w.u64(step.0);
             }
             Self::Leave => w.u8(LEAVE),
             Self::Report {
@@ -157,10 +198,10 @@ impl Control {
         let message = match r.u8("control tag")? {
             HELLO => Self::Hello(Box::new(read_hello(&mut r)?)),
             WELCOME => Self::Welcome(Welcome {
-                epoch: Epoch(r.u32("epoch")?),
-                rank: Rank(r.u16("rank")?),
-                world: r.u16("world")?,
-                start_step: Step(r.u64("start step")?),
+                shard_incarnation: r.u64("shard incarnation")?,
+                place: read_place(&mut r)?,
+                step: Step(r.u64("step")?),
+                snapshot: read_flag(&mut r, "snapshot")?,
             }),
             WAITING => Self::Waiting {
                 joined: r.u16("joined")?,
@@ -172,8 +213,29 @@ impl Control {
             },
             MEMBERSHIP => Self::Membership {
                 epoch: Epoch(r.u32("epoch")?),
-                members: read_members(&mut r)?,
+                next_rank: r.u16("next rank")?,
+                members: read_ranks(&mut r)?,
+                away: read_ranks(&mut r)?,
                 reason: r.text("reason", MAX_DETAIL_BYTES)?,
+            },
+            RETELLING => Self::Retelling {
+                frames: r.u32("frames")?,
+            },
+            AWAY => Self::Away,
+            READY => Self::Ready {
+                step: Step(r.u64("step")?),
+            },
+            DIGEST => Self::Digest {
+                step: Step(r.u64("step")?),
+                digest: r.array("digest")?,
+            },
+            DIGESTS_DIFFER => Self::DigestsDiffer {
+                step: Step(r.u64("step")?),
+                ranks: read_ranks(&mut r)?,
+            },
+            DONATE => Self::Donate,
+            DONATED => Self::Donated {
+                step: Step(r.u64("step")?),
             },
             LEAVE => Self::Leave,
             REPORT => Self::Report {
@@ -204,11 +266,9 @@ fn write_hello(w: &mut Writer<'_>, hello: &Hello) {
     w.u16(hello.protocol);
     w.text(&hello.job);
     w.bytes(&hello.incarnation);
-    w.option(hello.rank, |w, rank| w.u16(rank.0));
-    w.option(hello.world, Writer::u16);
-    w.u64(hello.start_step.0);
     w.u16(hello.shard);
     w.text_cut(&hello.host, MAX_HOST_BYTES);
+    write_intent(w, &hello.intent);
     write_plan_spec(w, &hello.plan);
 }
 
@@ -217,13 +277,87 @@ fn read_hello(r: &mut Reader<'_>) -> Result<Hello, WireError> {
         protocol: r.u16("protocol version")?,
         job: r.text("job name", MAX_JOB_BYTES)?,
         incarnation: r.array("incarnation")?,
-        rank: r.option("rank option", |r| r.u16("rank").map(Rank))?,
-        world: r.option("world option", |r| r.u16("world"))?,
-        start_step: Step(r.u64("start step")?),
         shard: r.u16("shard")?,
         host: r.text("host", MAX_HOST_BYTES)?,
+        intent: read_intent(r)?,
         plan: read_plan_spec(r)?,
     })
+}
+
+fn write_intent(w: &mut Writer<'_>, intent: &Intent) {
+    match intent {
+        Intent::Join {
+            rank,
+            world,
+            start_step,
+            elastic,
+        } => {
+            w.u8(JOIN);
+            w.option(*rank, |w, rank| w.u16(rank.0));
+            w.option(*world, Writer::u16);
+            w.u64(start_step.0);
+            w.u8(u8::from(*elastic));
+        }
+        Intent::Member {
+            place,
+            step,
+            waited,
+        } => {
+            w.u8(MEMBER);
+            write_place(w, place);
+            w.u64(step.0);
+            w.u8(u8::from(*waited));
+        }
+    }
+}
+
+fn read_intent(r: &mut Reader<'_>) -> Result<Intent, WireError> {
+    match r.u8("intent")? {
+        JOIN => Ok(Intent::Join {
+            rank: r.option("rank option", |r| r.u16("rank").map(Rank))?,
+            world: r.option("world option", |r| r.u16("world"))?,
+            start_step: Step(r.u64("start step")?),
+            elastic: read_flag(r, "elastic")?,
+        }),
+        MEMBER => Ok(Intent::Member {
+            place: read_place(r)?,
+            step: Step(r.u64("step")?),
+            waited: read_flag(r, "waited")?,
+        }),
+        value => Err(WireError::Unknown {
+            what: "intent",
+            value: u64::from(value),
+        }),
+    }
+}
+
+fn write_place(w: &mut Writer<'_>, place: &Place) {
+    w.bytes(&place.run.0);
+    w.u16(place.rank.0);
+    w.u32(place.epoch.0);
+    w.u16(place.next_rank);
+    write_ranks(w, &place.members);
+}
+
+fn read_place(r: &mut Reader<'_>) -> Result<Place, WireError> {
+    Ok(Place {
+        run: RunId(r.array("run")?),
+        rank: Rank(r.u16("rank")?),
+        epoch: Epoch(r.u32("epoch")?),
+        next_rank: r.u16("next rank")?,
+        members: read_ranks(r)?,
+    })
+}
+
+fn read_flag(r: &mut Reader<'_>, what: &'static str) -> Result<bool, WireError> {
+    match r.u8(what)? {
+        0 => Ok(false),
+        1 => Ok(true),
+        value => Err(WireError::Unknown {
+            what,
+            value: u64::from(value),
+        }),
+    }
 }
 
 fn read_code(r: &mut Reader<'_>) -> Result<RefusalCode, WireError> {
@@ -234,7 +368,12 @@ fn read_code(r: &mut Reader<'_>) -> Result<RefusalCode, WireError> {
     })
 }
 
-fn read_members(r: &mut Reader<'_>) -> Result<Vec<Rank>, WireError> {
+fn write_ranks(w: &mut Writer<'_>, ranks: &[Rank]) {
+    w.count(ranks.len());
+    ranks.iter().for_each(|rank| w.u16(rank.0));
+}
+
+fn read_ranks(r: &mut Reader<'_>) -> Result<Vec<Rank>, WireError> {
     let count = r.count("members", MAX_WORLD, 2)?;
     let members = (0..count)
         .map(|_| r.u16("member").map(Rank))

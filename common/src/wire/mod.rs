@@ -15,6 +15,9 @@
 //! body's layout and decides the phases). A shard that owns only dense tensors of a bucket holds a dense round
 //! whatever the compressor; one that owns nothing of it holds none.
 //!
+//! After a body of an answer stand the ranks whose contributions it holds (the *roster*): a worker that keeps an answer can
+//! tell it to a shard that has forgotten it, and that shard can tell everyone whether they were counted.
+//!
 //! Everything received is read by bounded readers: a length is compared with its limit and with the bytes that
 //! are there before anything is allocated, and what is not the one canonical encoding is refused ([`WireError`]).
 
@@ -26,6 +29,7 @@ mod header;
 mod plan_spec;
 #[cfg(test)]
 mod properties;
+mod roster;
 mod round;
 #[cfg(test)]
 mod round_tests;
@@ -40,16 +44,17 @@ pub use error::{Blame, WireError};
 pub use plan_spec::{
     MAX_DIMENSIONS, MAX_NAME_BYTES, MAX_TENSORS, MAX_TRAINER_BYTES, encode_plan_spec,
 };
+pub use roster::{MAX_ROSTER_BYTES, decode_roster, encode_roster};
 pub use round::{Direction, Layout, Phase, RoundShape, SegmentShape, SelectedRows};
 pub use selection::{append_selection, decode_selection, encode_selection, selection_limit};
 
-use crate::ids::{BucketId, Epoch, Rank, Step};
+use crate::ids::{BucketId, Epoch, Rank, RunId, Step};
 use crate::plan::PlanSpec;
 
 /// ALPN of this version.
-pub const ALPN: &[u8] = b"arc-topk/1";
+pub const ALPN: &[u8] = b"arc-topk/2";
 /// Version inside Hello, for an error that names both versions.
-pub const PROTOCOL_VERSION: u16 = 1;
+pub const PROTOCOL_VERSION: u16 = 2;
 /// Bytes of an encoded [`FrameHeader`].
 pub const HEADER_BYTES: usize = 32;
 /// Largest round body, bytes.
@@ -87,6 +92,11 @@ pub struct FrameFlags {
     pub non_finite: bool,
     /// Down: this worker's contribution is part of the result (per phase).
     pub counted: bool,
+    /// Up: this worker contributes nothing to the round and only wants its results; the body is empty. It is not waited for.
+    pub absent: bool,
+    /// Up: an answer that this worker got from an earlier incarnation of the shard, told to the present one. The kind is
+    /// that of the answer.
+    pub held: bool,
 }
 
 /// Header of a round frame (32 bytes on the wire).
@@ -106,6 +116,60 @@ pub struct FrameHeader {
     pub update: u64,
     /// Bytes of the body that follows.
     pub body_bytes: u32,
+    /// The last so many bytes of the body say whose contributions the answer holds ([`encode_roster`]). Answers only.
+    pub roster_bytes: u16,
+    /// Answers: how many steps the shard was ahead of this frame's step when it sent it. A worker that is behind need
+    /// not compute gradients for steps that are closed.
+    pub lead: u16,
+}
+
+impl FrameHeader {
+    /// Bytes of the body without the roster.
+    #[must_use]
+    pub fn payload_bytes(&self) -> usize {
+        self.body_bytes.saturating_sub(u32::from(self.roster_bytes)) as usize
+    }
+}
+
+/// A worker's place in a running job, as shard 0 gave it.
+#[derive(Clone, PartialEq, Eq, Debug, Default)]
+pub struct Place {
+    /// The start of the job.
+    pub run: RunId,
+    /// Its rank.
+    pub rank: Rank,
+    /// Version of the membership that the rest describes.
+    pub epoch: Epoch,
+    /// Ranks from this one on have never been given.
+    pub next_rank: u16,
+    /// All members, ascending.
+    pub members: Vec<Rank>,
+}
+
+/// What a worker comes for.
+#[derive(Clone, PartialEq, Debug)]
+pub enum Intent {
+    /// To be given a place. Shard 0 only.
+    Join {
+        /// Rank asked for, if any; honoured where the job starts.
+        rank: Option<Rank>,
+        /// World size the worker expects; `None`: whatever the shard was told.
+        world: Option<u16>,
+        /// Step at which it starts (0, or that of its checkpoint). All that start a job must agree.
+        start_step: Step,
+        /// It can take its state from a snapshot, and so join a job that runs.
+        elastic: bool,
+    },
+    /// To take the place it has: for the first time at this shard, or again after the connection or the shard was lost.
+    Member {
+        /// That place.
+        place: Place,
+        /// The step that is open there, or else the next one.
+        step: Step,
+        /// Whether rounds from `step` on wait for it; a worker that is still fetching its state says so later
+        /// ([`Control::Ready`]).
+        waited: bool,
+    },
 }
 
 /// First message of a worker on the control stream.
@@ -115,18 +179,14 @@ pub struct Hello {
     pub protocol: u16,
     /// Job name; a shard serves one.
     pub job: String,
-    /// Random per process, the same towards every shard.
+    /// Random per attempt to join, the same towards every shard.
     pub incarnation: [u8; 16],
-    /// Towards shard 0: the rank asked for, if any. Towards others: the rank that shard 0 gave.
-    pub rank: Option<Rank>,
-    /// World size the worker expects; `None`: whatever the shard was told.
-    pub world: Option<u16>,
-    /// Step at which it starts (0, or that of its checkpoint). All must agree.
-    pub start_step: Step,
     /// Which shard the worker thinks it talks to: a wrong order of addresses is refused.
     pub shard: u16,
     /// Host name and process id, for people.
     pub host: String,
+    /// What it comes for.
+    pub intent: Intent,
     /// The plan.
     pub plan: PlanSpec,
 }
@@ -134,14 +194,14 @@ pub struct Hello {
 /// Answer to a Hello.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Welcome {
-    /// Epoch.
-    pub epoch: Epoch,
-    /// Rank of this worker.
-    pub rank: Rank,
-    /// World size.
-    pub world: u16,
-    /// First step.
-    pub start_step: Step,
+    /// Random per shard process. A worker that knew another one must tell this one again what it holds.
+    pub shard_incarnation: u64,
+    /// Place of this worker.
+    pub place: Place,
+    /// To one that joins: its first step. To others: the lowest step with an open round here.
+    pub step: Step,
+    /// To one that joins: its state is in the snapshot store, under the run and this step.
+    pub snapshot: bool,
 }
 
 /// Why a peer was refused or a job stopped. The detail names cause and remedy.
@@ -168,6 +228,8 @@ pub enum RefusalCode {
     Shutdown = 9,
     /// Addresses in the wrong order.
     Shard = 10,
+    /// The job went on without this worker, further than it can follow: it may join again, with the state of a snapshot.
+    Superseded = 11,
 }
 
 /// Messages of the control stream.
@@ -191,14 +253,51 @@ pub enum Control {
         /// Cause and remedy, for people.
         detail: String,
     },
-    /// Shard → worker: who is live now.
+    /// Shard 0 → worker: the members of the job. Worker → other shards: the same, passed on.
     Membership {
         /// New epoch.
         epoch: Epoch,
-        /// Live ranks, ascending.
+        /// Ranks from this one on have never been given.
+        next_rank: u16,
+        /// Members, ascending.
         members: Vec<Rank>,
+        /// Those of them whose connection is gone; they may come back. Ascending.
+        away: Vec<Rank>,
         /// What happened, for people.
         reason: String,
+    },
+    /// Worker → shard, after a Welcome of an incarnation that it did not know: so many frames flagged `held` follow.
+    Retelling {
+        /// How many.
+        frames: u32,
+    },
+    /// Worker → shard: another shard cannot be reached, so this worker cannot go on; do not wait for it.
+    Away,
+    /// Worker → shard: wait for this worker in rounds from this step on.
+    Ready {
+        /// First step.
+        step: Step,
+    },
+    /// Worker → shard 0: hash of the parameters.
+    Digest {
+        /// Next step: all updates before it are applied.
+        step: Step,
+        /// SHA-256 of all parameters in registration order.
+        digest: [u8; 32],
+    },
+    /// Shard 0 → workers: their parameters are not the same.
+    DigestsDiffer {
+        /// As in [`Control::Digest`].
+        step: Step,
+        /// Those that differ from the most.
+        ranks: Vec<Rank>,
+    },
+    /// Shard 0 → worker: put a snapshot of the replica into the store at the next step's end, for one that joins.
+    Donate,
+    /// Worker → shard 0: the snapshot is in the store.
+    Donated {
+        /// Its step.
+        step: Step,
     },
     /// Worker → shard: leaves in order, after this step.
     Leave,

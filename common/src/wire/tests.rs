@@ -25,6 +25,7 @@ fn header() -> FrameHeader {
         flags: FrameFlags {
             non_finite: false,
             counted: true,
+            ..FrameFlags::default()
         },
         bucket: BucketId(0x0102),
         epoch: Epoch(3),
