@@ -3,7 +3,7 @@
 use super::*;
 use crate::memory::{MemoryCluster, MemoryOptions, MemoryReducer};
 use crate::record::{RunSummary, StepRecord, read_steps, read_summary};
-use crate::reducer::{Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Feedback, ValueType};
