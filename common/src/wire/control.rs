@@ -100,6 +100,7 @@ impl Control {
             Self::Welcome(welcome) => {
                 w.u8(WELCOME);
                 w.u64(welcome.shard_incarnation);
+                w.u8(u8::from(welcome.retell));
                 write_place(&mut w, &welcome.place);
                 w.u64(welcome.step.0);
                 w.u8(u8::from(welcome.snapshot));
@@ -199,6 +200,7 @@ impl Control {
             HELLO => Self::Hello(Box::new(read_hello(&mut r)?)),
             WELCOME => Self::Welcome(Welcome {
                 shard_incarnation: r.u64("shard incarnation")?,
+                retell: read_flag(&mut r, "retell")?,
                 place: read_place(&mut r)?,
                 step: Step(r.u64("step")?),
                 snapshot: read_flag(&mut r, "snapshot")?,
