@@ -6,9 +6,7 @@
 
 use super::codec::{Reader, Writer};
 use super::plan_spec::{read_plan_spec, write_plan_spec};
-use super::{
-    Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError,
-};
+use super::{Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError};
 use crate::ids::{Epoch, Rank, RunId, Step};
 
 /// Longest job name, bytes.
@@ -90,6 +88,27 @@ impl Control {
         (CONTROL_LENGTH_BYTES + self.encode().len()) as u64
     }
 
+    /// The message's name, for errors.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Welcome(_) => "Welcome",
+            Self::Waiting { .. } => "Waiting",
+            Self::Refused { .. } => "Refused",
+            Self::Membership { .. } => "Membership",
+            Self::Leave => "Leave",
+            Self::Report { .. } => "Report",
+            Self::Retelling { .. } => "Retelling",
+            Self::Away => "Away",
+            Self::Ready { .. } => "Ready",
+            Self::Digest { .. } => "Digest",
+            Self::DigestsDiffer { .. } => "DigestsDiffer",
+            Self::Donate => "Donate",
+            Self::Donated { .. } => "Donated",
+        }
+    }
+
     /// The message's bytes, without the length in front. Texts for people are cut to their limits.
     #[must_use]
     pub fn encode(&self) -> Vec<u8> {
@@ -100,6 +119,7 @@ impl Control {
             Self::Welcome(welcome) => {
                 w.u8(WELCOME);
                 w.u64(welcome.shard_incarnation);
+                w.u8(u8::from(welcome.retell));
                 write_place(&mut w, &welcome.place);
                 w.u64(welcome.step.0);
                 w.u8(u8::from(welcome.snapshot));
@@ -199,6 +219,7 @@ impl Control {
             HELLO => Self::Hello(Box::new(read_hello(&mut r)?)),
             WELCOME => Self::Welcome(Welcome {
                 shard_incarnation: r.u64("shard incarnation")?,
+                retell: read_flag(&mut r, "retell")?,
                 place: read_place(&mut r)?,
                 step: Step(r.u64("step")?),
                 snapshot: read_flag(&mut r, "snapshot")?,

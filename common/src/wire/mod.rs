@@ -194,8 +194,10 @@ pub struct Hello {
 /// Answer to a Hello.
 #[derive(Clone, PartialEq, Debug)]
 pub struct Welcome {
-    /// Random per shard process. A worker that knew another one must tell this one again what it holds.
+    /// Random per shard process: another one than before means that the shard was restarted.
     pub shard_incarnation: u64,
+    /// The shard wants to be told what the worker holds: see [`Control::Retelling`].
+    pub retell: bool,
     /// Place of this worker.
     pub place: Place,
     /// To one that joins: its first step. To others: the lowest step with an open round here.
@@ -266,7 +268,7 @@ pub enum Control {
         /// What happened, for people.
         reason: String,
     },
-    /// Worker → shard, after a Welcome of an incarnation that it did not know: so many frames flagged `held` follow.
+    /// Worker → shard, after a Welcome that asked for it: so many frames flagged `held` follow.
     Retelling {
         /// How many.
         frames: u32,

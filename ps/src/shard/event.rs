@@ -1,8 +1,9 @@
 //! What goes into the machine and what comes out of it.
 
-use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
+use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, ShardId, Step};
 use arc_topk_common::wire::{Control, FrameHeader, Hello, RefusalCode};
 use bytes::Bytes;
+use core::time::Duration;
 use serde::Serialize;
 
 /// Names one connection of a worker for the life of the process. The shell counts them up.
@@ -18,10 +19,40 @@ pub struct ShardConfig {
     pub shards: u16,
     /// Job it serves.
     pub job: String,
+    /// Random per process, so that workers notice a restart.
+    pub incarnation: u64,
     /// Workers that make the job complete.
     pub world: u16,
-    /// Fewer live workers than this end the job.
+    /// Rounds wait while fewer contribute, and fewer members end the job.
     pub min_workers: u16,
+    /// Workers that may be connected at once, those that join later included.
+    pub max_workers: u16,
+    /// So many contributions close a phase once `straggler_timeout` has passed; 0: those of all live workers.
+    pub quorum: u16,
+    /// How long a phase that has its quorum waits for the others.
+    pub straggler_timeout: Duration,
+    /// Whether workers whose parameters differ from those of the most must join again.
+    pub resync: bool,
+}
+
+impl ShardConfig {
+    /// Shard `shard` of `shards` for `world` workers, everything else at its default: rounds wait for all, one worker is
+    /// enough to go on, and as many may be there as the job started with.
+    #[must_use]
+    pub fn new(job: &str, shard: ShardId, shards: u16, world: u16) -> Self {
+        Self {
+            shard,
+            shards,
+            job: job.to_owned(),
+            incarnation: 1,
+            world,
+            min_workers: 1,
+            max_workers: world,
+            quorum: 0,
+            straggler_timeout: Duration::from_secs(1),
+            resync: false,
+        }
+    }
 }
 
 /// A worker's report on a finished step, for people.
@@ -98,6 +129,20 @@ pub enum Event {
         /// Its body.
         body: Bytes,
     },
+    /// A member's control message other than Leave and Report.
+    Control {
+        /// From this connection.
+        session: SessionId,
+        /// It.
+        message: Control,
+    },
+    /// The snapshot store begins to take in a replica of this step: someone will replay what comes after it.
+    Pin {
+        /// Of this run.
+        run: RunId,
+        /// Its step.
+        step: Step,
+    },
     /// A worker leaves in order.
     Leave {
         /// This one.
@@ -123,8 +168,10 @@ pub enum Event {
         session: SessionId,
         /// Why, for people.
         reason: String,
+        /// The peer closed it: its process ends and will not be back. Otherwise it may have lost its way and return.
+        for_good: bool,
     },
-    /// Nothing happened, but time went by. Needed once a second or so.
+    /// Nothing happened, but time went by. Needed by [`Shard::next_deadline`](super::Shard::next_deadline).
     Tick,
     /// The process ends.
     Shutdown {
@@ -270,6 +317,75 @@ pub enum Observation {
         /// First step.
         step: Step,
     },
+    /// The connection of a member is gone. It may come back.
+    Away {
+        /// Rank.
+        rank: Rank,
+        /// Why.
+        reason: String,
+    },
+    /// A member is back, on a new connection.
+    Returned {
+        /// Rank.
+        rank: Rank,
+        /// How long it was away.
+        seconds: f64,
+    },
+    /// A worker joined the running job.
+    JoinedLater {
+        /// Rank.
+        rank: Rank,
+        /// First step.
+        step: Step,
+    },
+    /// This process knows nothing and is told by members of a running job.
+    Recovering {
+        /// Members that it waits for.
+        members: u16,
+    },
+    /// It knows enough to go on.
+    Recovered {
+        /// Lowest step with an open round.
+        step: Step,
+        /// Members that have told what they hold.
+        told: u16,
+        /// Of so many.
+        members: u16,
+        /// Answers that workers held.
+        adopted: u64,
+        /// Since the first of them came.
+        seconds: f64,
+    },
+    /// A member held an answer to a round that has none here, and it was taken over.
+    Adopted {
+        /// Who held it.
+        rank: Rank,
+        /// Step.
+        step: Step,
+        /// Bucket.
+        bucket: BucketId,
+    },
+    /// A contribution came after its phase was closed: its worker keeps it in the residual.
+    Late {
+        /// Rank.
+        rank: Rank,
+        /// After the close.
+        seconds: f64,
+    },
+    /// A worker is late most of the time, or no longer.
+    Straggling {
+        /// Rank.
+        rank: Rank,
+        /// Whether it is.
+        persistent: bool,
+    },
+    /// Parameters of workers are not the same.
+    DigestsDiffer {
+        /// Step.
+        step: Step,
+        /// Those that differ from the most.
+        ranks: Vec<Rank>,
+    },
     /// A worker left in order.
     Left {
         /// Rank, if it had one.
@@ -277,7 +393,7 @@ pub enum Observation {
         /// Workers that remain.
         remaining: u16,
     },
-    /// A worker was lost or removed.
+    /// A worker was removed from the members.
     Lost {
         /// Rank, if it had one.
         rank: Option<Rank>,
