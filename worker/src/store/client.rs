@@ -84,8 +84,8 @@ impl AsyncStoreClient {
     pub async fn commit(&self, manifest: Manifest) -> Result<(), StoreError> {
         let request = Arc::new(StoreRequest::Commit(manifest));
         let mut commits = JoinSet::new();
-        for link in self.links.iter().cloned() {
-            let request = Arc::clone(&request);
+        for link in self.links.iter() {
+            let (link, request) = (Arc::clone(link), Arc::clone(&request));
             commits.spawn(async move {
                 let answer = link.request(&request, None).await?;
                 stored(&link, &answer)
@@ -105,7 +105,8 @@ impl AsyncStoreClient {
     /// The survey, and the errors of the shards that are named in it as unreachable.
     pub(super) async fn survey_and_errors(&self) -> Result<(Survey, Vec<StoreError>), StoreError> {
         let mut lists = JoinSet::new();
-        for link in self.links.iter().cloned() {
+        for link in self.links.iter() {
+            let link = Arc::clone(link);
             lists.spawn(async move {
                 let listing = list(&link).await;
                 (link.shard, listing)

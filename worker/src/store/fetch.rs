@@ -3,7 +3,7 @@
 use super::StoreError;
 use super::client::{AsyncStoreClient, all};
 use super::link::{Answer, Backoff};
-use super::search::SnapshotInfo;
+use super::search::{SnapshotInfo, WholePart};
 use arc_topk_common::wire::{Owner, PartInfo, PieceMeta, SnapshotId, StoreRequest};
 use sha2::{Digest, Sha256};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -62,8 +62,8 @@ pub(super) async fn replica(
         let versions = survey.parts.get(&snapshot).cloned().unwrap_or_default();
         let replicas = versions
             .into_iter()
-            .filter(|(part, _)| part.owner == Owner::Replica);
-        for (part, holders) in replicas {
+            .filter(|whole| whole.part.owner == Owner::Replica);
+        for WholePart { part, holders } in replicas {
             match whole(client, snapshot, &part, holders).await {
                 Ok(bytes) => return Ok(bytes),
                 Err(error) => last = error,

@@ -26,7 +26,7 @@ mod tests;
 
 pub use client::{AsyncStoreClient, StoreClient};
 pub use error::StoreError;
-pub use search::{PassedOver, SnapshotInfo, Survey};
+pub use search::{PassedOver, SnapshotInfo, Survey, WholePart};
 
 use arc_topk_transport::{Identity, TransportConfig};
 use std::time::Duration;

@@ -20,6 +20,15 @@ impl SnapshotInfo {
     }
 }
 
+/// A part all of whose pieces are somewhere.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct WholePart {
+    /// What a manifest would say of it.
+    pub part: PartInfo,
+    /// For every piece in order, the shards that hold it.
+    pub holders: Vec<Vec<u16>>,
+}
+
 /// A snapshot that cannot be used, and why.
 #[derive(Clone, PartialEq, Eq, Debug)]
 pub struct PassedOver {
@@ -36,8 +45,9 @@ pub struct Survey {
     pub complete: Vec<SnapshotInfo>,
     /// The others, newest first.
     pub passed_over: Vec<PassedOver>,
-    /// Parts all of whose pieces are there, committed or not, with the shards that hold each piece.
-    pub parts: BTreeMap<SnapshotId, Vec<(PartInfo, Vec<Vec<u16>>)>>,
+    /// Parts all of whose pieces are there, committed or not, ascending by owner. If several whole versions of a part are
+    /// there, all of them.
+    pub parts: BTreeMap<SnapshotId, Vec<WholePart>>,
     /// Shards that did not answer, and why.
     pub unreachable: Vec<(u16, String)>,
 }
@@ -55,11 +65,10 @@ impl Survey {
         self.complete.iter().find(|info| info.id() == snapshot)
     }
 
-    /// Whole parts of a snapshot, ascending by owner: what its manifest will name. If several whole versions of a part
-    /// are there, all of them.
+    /// Whole parts of a snapshot, ascending by owner: what its manifest will name.
     pub fn parts_of(&self, snapshot: SnapshotId) -> impl Iterator<Item = &PartInfo> {
         let parts = self.parts.get(&snapshot).into_iter().flatten();
-        parts.map(|(part, _)| part)
+        parts.map(|whole| &whole.part)
     }
 }
 
@@ -104,7 +113,7 @@ pub(super) fn survey(listings: &[(u16, Vec<HeldSnapshot>)]) -> Survey {
                 total_bytes,
                 total_sha256,
             };
-            (part, holders)
+            WholePart { part, holders }
         });
         survey.parts.insert(id, parts.collect());
     }
