@@ -352,7 +352,10 @@ fn check_part(path: &Path) -> Result<PieceMeta, DiskError> {
         }
     }
     if hash.finalize().as_slice() != meta.piece_sha256 {
-        return Err(damaged(path, "its bytes do not have the hash that its header says"));
+        return Err(damaged(
+            path,
+            "its bytes do not have the hash that its header says",
+        ));
     }
     Ok(meta)
 }

@@ -16,9 +16,10 @@
 //! | Commit of X | | X's pieces that the manifest does not name are dropped; other runs' snapshots of X's step and later; uncommitted ones that X supersedes; committed ones beyond the newest `keep` |
 
 use super::StoreOptions;
+use super::refusal::Refusal;
 use arc_topk_common::wire::{
     HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, Manifest, Owner, PartInfo,
-    PieceMeta, SnapshotId, StoreCode,
+    PieceMeta, SnapshotId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -29,81 +30,6 @@ pub type PieceKey = (Owner, u16, u16);
 #[must_use]
 pub fn piece_key(meta: &PieceMeta) -> PieceKey {
     (meta.owner, meta.pieces, meta.piece)
-}
-
-/// Why a request is refused.
-#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
-pub enum Refusal {
-    /// It would not fit.
-    #[error(
-        "{asked} bytes do not fit: this shard holds {held} bytes of snapshots, receives {incoming}, and may hold {limit}; raise --snapshot-limit-bytes, lower --snapshot-keep, or use more shards"
-    )]
-    Bytes {
-        /// Bytes of the piece.
-        asked: u64,
-        /// Bytes held.
-        held: u64,
-        /// Bytes announced of pieces that are still coming.
-        incoming: u64,
-        /// Most that may be held.
-        limit: u64,
-    },
-    /// More pieces than can be listed.
-    #[error(
-        "this shard holds {MAX_LISTED_PIECES} pieces already, the most that it can list; lower --snapshot-keep, or remove files of shards that no longer exist from its --snapshot-dir"
-    )]
-    Pieces,
-    /// Superseded.
-    #[error(
-        "the snapshot of {asked} comes too late: this shard has gone on to {newer}; nothing is to be done, the newer one serves"
-    )]
-    Stale {
-        /// What was asked for.
-        asked: SnapshotId,
-        /// What there is.
-        newer: SnapshotId,
-    },
-    /// Committed with other bytes.
-    #[error(
-        "the snapshot of {0} is committed with other contents: two workers disagree about the same step; look for a mismatch of their replicas"
-    )]
-    Conflict(SnapshotId),
-    /// It was dropped while its bytes came.
-    #[error("the snapshot of {0} was dropped while its bytes came: a newer one took its place")]
-    Dropped(SnapshotId),
-    /// Not all parts were stored.
-    #[error(
-        "the snapshot of {snapshot} cannot be committed here: this shard holds no piece of its {owner} part; store the part again, then commit"
-    )]
-    Incomplete {
-        /// Snapshot.
-        snapshot: SnapshotId,
-        /// Whose part.
-        owner: Owner,
-    },
-    /// Not held.
-    #[error(
-        "this shard holds no piece {} of {} of the {} part of the snapshot of {snapshot}; ask for a listing", .key.2, .key.1, .key.0
-    )]
-    Missing {
-        /// Snapshot.
-        snapshot: SnapshotId,
-        /// Piece.
-        key: PieceKey,
-    },
-}
-
-impl Refusal {
-    /// The code that goes on the wire.
-    #[must_use]
-    pub fn code(&self) -> StoreCode {
-        match self {
-            Self::Bytes { .. } | Self::Pieces => StoreCode::Limit,
-            Self::Stale { .. } | Self::Dropped(_) => StoreCode::Stale,
-            Self::Conflict(_) => StoreCode::Conflict,
-            Self::Missing { .. } | Self::Incomplete { .. } => StoreCode::Missing,
-        }
-    }
 }
 
 /// A Put that was accepted and whose bytes are coming.
@@ -208,179 +134,6 @@ impl Index {
     }
 
     /// Bytes held.
-        held: u64,
-        /// Bytes announced of pieces that are still coming.
-        incoming: u64,
-        /// Most that may be held.
-        limit: u64,
-    },
-    /// More pieces than can be listed.
-    #[error(
-        "this shard holds {MAX_LISTED_PIECES} pieces already, the most that it can list; lower --snapshot-keep, or remove files of shards that no longer exist from its --snapshot-dir"
-    )]
-    Pieces,
-    /// Superseded.
-    #[error(
-        "the snapshot of {asked} comes too late: this shard has gone on to {newer}; nothing is to be done, the newer one serves"
-    )]
-    Stale {
-        /// What was asked for.
-        asked: SnapshotId,
-        /// What there is.
-        newer: SnapshotId,
-    },
-    /// Committed with other bytes.
-    #[error(
-        "the snapshot of {0} is committed with other contents: two workers disagree about the same step; look for a mismatch of their replicas"
-    )]
-    Conflict(SnapshotId),
-    /// It was dropped while its bytes came.
-    #[error("the snapshot of {0} was dropped while its bytes came: a newer one took its place")]
-    Dropped(SnapshotId),
-    /// Not all parts were stored.
-    #[error(
-        "the snapshot of {snapshot} cannot be committed here: this shard holds no piece of its {owner} part; store the part again, then commit"
-    )]
-    Incomplete {
-        /// Snapshot.
-        snapshot: SnapshotId,
-        /// Whose part.
-        owner: Owner,
-    },
-    /// Not held.
-    #[error(
-        "this shard holds no piece {} of {} of the {} part of the snapshot of {snapshot}; ask for a listing", .key.2, .key.1, .key.0
-    )]
-    Missing {
-        /// Snapshot.
-        snapshot: SnapshotId,
-        /// Piece.
-        key: PieceKey,
-    },
-}
-
-impl Refusal {
-    /// The code that goes on the wire.
-    #[must_use]
-    pub fn code(&self) -> StoreCode {
-        match self {
-            Self::Bytes { .. } | Self::Pieces => StoreCode::Limit,
-            Self::Stale { .. } | Self::Dropped(_) => StoreCode::Stale,
-            Self::Conflict(_) => StoreCode::Conflict,
-            Self::Missing { .. } | Self::Incomplete { .. } => StoreCode::Missing,
-        }
-    }
-}
-
-/// A Put that was accepted and whose bytes are coming.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Debug)]
-pub struct Ticket {
-    /// Counted from 0.
-    pub number: u64,
-    /// Snapshot to which it adds.
-    pub snapshot: SnapshotId,
-}
-
-/// What has to be removed after a change.
-#[derive(Clone, PartialEq, Eq, Debug, Default)]
-pub struct Removals {
-    /// Snapshots with all that belongs to them.
-    pub snapshots: Vec<SnapshotId>,
-    /// Single pieces of snapshots that stay.
-    pub pieces: Vec<(SnapshotId, PieceKey)>,
-}
-
-impl Removals {
-    /// Whether there is nothing to do.
-    #[must_use]
-    pub fn is_empty(&self) -> bool {
-        self.snapshots.is_empty() && self.pieces.is_empty()
-    }
-
-    fn add(&mut self, other: Self) {
-        self.snapshots.extend(other.snapshots);
-        self.pieces.extend(other.pieces);
-    }
-}
-
-#[derive(Clone, PartialEq, Debug, Default)]
-struct Entry {
-    manifest: Option<Manifest>,
-    pieces: BTreeMap<PieceKey, PieceMeta>,
-}
-
-impl Entry {
-    fn bytes(&self) -> u64 {
-        sum(self.pieces.values().map(|meta| meta.piece_bytes))
-    }
-}
-
-fn sum(bytes: impl Iterator<Item = u64>) -> u64 {
-    bytes.fold(0, u64::saturating_add)
-}
-
-/// What a shard holds. See the module.
-#[derive(Clone, PartialEq, Debug)]
-pub struct Index {
-    keep: usize,
-    limit_bytes: u64,
-    snapshots: BTreeMap<SnapshotId, Entry>,
-    incoming: BTreeMap<Ticket, PieceMeta>,
-    next_ticket: u64,
-}
-
-impl Index {
-    /// Empty. `keep` is at least 1 and at most what a listing has room for.
-    #[must_use]
-    pub fn new(options: &StoreOptions) -> Self {
-        Self {
-            keep: options.keep.clamp(1, MAX_LISTED_SNAPSHOTS - 1),
-            limit_bytes: options.limit_bytes,
-            snapshots: BTreeMap::new(),
-            incoming: BTreeMap::new(),
-            next_ticket: 0,
-        }
-    }
-
-    /// With what was found at the start, of which it keeps what it would have kept; says what else to remove.
-    #[must_use]
-    pub fn restored(
-        options: &StoreOptions,
-        pieces: Vec<PieceMeta>,
-        manifests: Vec<Manifest>,
-    ) -> (Self, Removals) {
-        let mut index = Self::new(options);
-        for manifest in manifests {
-            let entry = index.snapshots.entry(manifest.snapshot).or_default();
-            entry.manifest = Some(manifest);
-        }
-        for meta in pieces {
-            let entry = index.snapshots.entry(meta.snapshot).or_default();
-            entry.pieces.insert(piece_key(&meta), meta);
-        }
-        let mut removals = Removals::default();
-        let committed: Vec<SnapshotId> = index.committed().collect();
-        for snapshot in committed {
-            removals.pieces.extend(index.drop_orphans(snapshot));
-        }
-        removals.add(index.prune());
-        // Of several that were being filled, one can still be.
-        let filling: Vec<SnapshotId> = index.uncommitted().collect();
-        let (_, older) = filling.split_last().unwrap_or((
-            &SnapshotId {
-                step: arc_topk_common::ids::Step(0),
-                run: arc_topk_common::wire::RunId([0; 16]),
-            },
-            &[],
-        ));
-        for snapshot in older {
-            index.snapshots.remove(snapshot);
-            removals.snapshots.push(*snapshot);
-        }
-        (index, removals)
-    }
-
-    /// Bytes held.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
         sum(self.snapshots.values().map(Entry::bytes))
@@ -469,7 +222,10 @@ impl Index {
         }
         let others = self.uncommitted().filter(|other| *other != id);
         let others: BTreeSet<SnapshotId> = others.collect();
-        match others.iter().find(|other| other.run == id.run && **other > id) {
+        match others
+            .iter()
+            .find(|other| other.run == id.run && **other > id)
+        {
             Some(newer) => Err(Refusal::Stale {
                 asked: id,
                 newer: *newer,
@@ -585,7 +341,8 @@ impl Index {
         let committed: Vec<SnapshotId> = self.committed().rev().collect();
         let (kept, beyond) = committed.split_at(committed.len().min(self.keep));
         let newest = kept.first().copied();
-        let late = |id: &SnapshotId| newest.is_some_and(|newest| *id < newest && id.run == newest.run);
+        let late =
+            |id: &SnapshotId| newest.is_some_and(|newest| *id < newest && id.run == newest.run);
         let late: Vec<SnapshotId> = self.uncommitted().filter(late).collect();
         let mut removals = Removals::default();
         for id in beyond.iter().chain(&late) {

@@ -3,6 +3,7 @@
 //! | module | room for |
 //! |---|---|
 //! | [`index`] | what is held, what is kept, what is refused: pure |
+//! | [`refusal`] | why a request is refused |
 //! | [`disk`] | files: written by temporary file, fsync and rename; read after a crash at any byte |
 //!
 //! What a snapshot, a part, a piece and a manifest are, [`arc_topk_common::wire`] says. The service around it is in
@@ -22,6 +23,7 @@
 
 pub mod disk;
 pub mod index;
+pub mod refusal;
 
 use std::path::PathBuf;
 
