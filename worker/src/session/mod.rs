@@ -33,7 +33,7 @@ mod shared;
 pub use error::ConnectError;
 
 use crate::backend::{Backend, CpuBackend};
-use crate::reducer::{ReduceError, Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
@@ -383,12 +383,12 @@ impl Reducer for QuicReducer {
         self.start_step
     }
 
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.shared.check()?;
         self.pushed.fill(false);
         self.open = true;
         self.shared.begin();
-        Ok(())
+        Ok(StepStart::default())
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
