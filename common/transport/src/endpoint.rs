@@ -16,6 +16,8 @@ use std::time::Duration;
 /// Code with which a worker closes a connection when it leaves in order. A shard that sees it treats the
 /// end as a leave even if the connection's end overtakes the Leave message.
 pub const LEAVE_CODE: u32 = 0x1ea5e;
+/// Code with which a worker closes a connection that it replaces by another one: it has not ended and will be back.
+pub const REDIAL_CODE: u32 = 0x2ed1a;
 
 /// What a connection is for. The handshake says it (ALPN), so both share an endpoint and nothing else.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]

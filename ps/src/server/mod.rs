@@ -44,6 +44,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const EVENTS_QUEUED: usize = 1024;
 /// Interval at which connections are measured and the machine is told the time.
 const TICK: Duration = Duration::from_secs(1);
+/// Least time between two ticks.
+const SHORTEST_TICK: Duration = Duration::from_millis(5);
 /// What a shutdown waits for refusals to reach their workers.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -118,6 +120,8 @@ pub(crate) struct Hub {
     streams: DashMap<(SessionId, Step, BucketId), mpsc::UnboundedSender<(FrameHeader, Bytes)>>,
     /// Longest body under the current plan.
     body_limit: AtomicUsize,
+    /// The same of an answer that a worker holds.
+    held_limit: AtomicUsize,
     /// Streams that a session may hold open under the current plan.
     stream_limit: AtomicU32,
     closing: AtomicBool,
@@ -126,6 +130,8 @@ pub(crate) struct Hub {
     /// Connections that are there, handshakes among them.
     connections: AtomicUsize,
     connections_limit: usize,
+    /// When the machine wants to be told the time, on the clock that counts from `started`.
+    deadline: watch::Sender<Option<Duration>>,
     transport: TransportConfig,
     timeouts: Timeouts,
     chaos_delay: Duration,
@@ -137,6 +143,15 @@ impl Hub {
     async fn event(&self, event: Event) {
         // The owner ends only with the process: then nobody needs the event.
         let _ended = self.commands.send(Command::Event(event)).await;
+    }
+
+    fn frame_limit(&self, header: &FrameHeader) -> usize {
+        let limit = if header.flags.held {
+            &self.held_limit
+        } else {
+            &self.body_limit
+        };
+        limit.load(Ordering::Relaxed)
     }
 
     /// The machine's status; `None` once it has ended.
@@ -213,17 +228,20 @@ impl Server {
             None => None,
         };
         let (commands, queue) = mpsc::channel(EVENTS_QUEUED);
+        let most = options.shard.world.max(options.shard.max_workers);
         let hub = Arc::new(Hub {
             commands,
             sessions: DashMap::new(),
             streams: DashMap::new(),
             body_limit: AtomicUsize::new(0),
+            held_limit: AtomicUsize::new(0),
             stream_limit: AtomicU32::new(1),
             closing: AtomicBool::new(false),
             started: Instant::now(),
             next_session: AtomicU64::new(1),
             connections: AtomicUsize::new(0),
-            connections_limit: 2 * usize::from(options.shard.world) + 64,
+            connections_limit: 2 * usize::from(most) + 64,
+            deadline: watch::Sender::new(None),
             transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
@@ -296,16 +314,37 @@ impl Server {
     }
 }
 
-/// Measures connections, and tells the machine that time goes by.
+/// Measures connections, and tells the machine that time goes by: each second, and when it wishes.
 async fn tick(hub: Arc<Hub>, mut stopped: watch::Receiver<bool>) {
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut deadline = hub.deadline.subscribe();
     loop {
         tokio::select! {
-            _ = interval.tick() => {}
+            _ = interval.tick() => observe::connections(&hub),
+            () = wished(&hub, &mut deadline) => {}
             _ = stopped.wait_for(|stop| *stop) => return,
         }
-        observe::connections(&hub);
         hub.event(Event::Tick).await;
+    }
+}
+
+/// Waits until the machine's deadline, whichever it is by then.
+async fn wished(hub: &Hub, deadline: &mut watch::Receiver<Option<Duration>>) {
+    // A machine that wishes for a moment that has passed must not be asked again and again.
+    let earliest = tokio::time::Instant::now() + SHORTEST_TICK;
+    loop {
+        let until = *deadline.borrow_and_update();
+        let changed = deadline.changed();
+        let Some(until) = until else {
+            // The sender lives in the hub.
+            let _never_closed = changed.await;
+            continue;
+        };
+        let until = tokio::time::Instant::from_std(hub.started + until).max(earliest);
+        tokio::select! {
+            _ = changed => {}
+            () = tokio::time::sleep_until(until) => return,
+        }
     }
 }
