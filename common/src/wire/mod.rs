@@ -51,7 +51,7 @@ pub use selection::{append_selection, decode_selection, encode_selection, select
 pub use store::{
     HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, MAX_PARTS, MAX_PIECE_BYTES,
     MAX_PIECES, MAX_STORE_MESSAGE_BYTES, Manifest, Owner, PART_HEADER_BYTES, PartInfo, PieceMeta,
-    RunId, STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode, StoreRequest, StoreResponse,
+    STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode, StoreRequest, StoreResponse,
     piece_range,
 };
 

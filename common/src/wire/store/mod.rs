@@ -27,7 +27,7 @@ mod tests;
 
 pub use file::PART_HEADER_BYTES;
 
-use crate::ids::{Rank, Step};
+use crate::ids::{Rank, RunId, Step};
 use core::fmt;
 use core::ops::Range;
 
@@ -48,22 +48,6 @@ pub const MAX_LISTED_PIECES: usize = 1 << 16;
 
 /// SHA-256.
 pub type Sha256Bytes = [u8; 32];
-
-/// Random name of a run: one course of training from its start or resumption on, the same on all its workers.
-#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default)]
-pub struct RunId(pub [u8; 16]);
-
-impl fmt::Display for RunId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.0.iter().try_for_each(|byte| write!(f, "{byte:02x}"))
-    }
-}
-
-impl fmt::Debug for RunId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "RunId({self})")
-    }
-}
 
 /// Names a snapshot. Snapshots are ordered by step, and by run where two runs made one of the same step.
 #[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
