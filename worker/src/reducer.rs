@@ -58,15 +58,6 @@ pub enum ReduceError {
         /// How long nothing came.
         seconds: f32,
     },
-    /// The job went on without this worker for too long, or its copy went another way: it must join again, with a state
-    /// from a snapshot.
-    #[error("shard {shard}: the job went on without this worker: {detail}")]
-    Superseded {
-        /// Shard.
-        shard: u16,
-        /// Cause, for people.
-        detail: String,
-    },
     /// The session's own machinery ended.
     #[error("the session has ended: {detail}")]
     Ended {
