@@ -28,6 +28,12 @@ pub struct StepRecord {
     pub lr: f32,
     /// Whether all workers skipped the update because some gradient was not finite.
     pub skipped: bool,
+    /// Whether the step had closed without this worker, which only took its result: it has no loss then.
+    pub behind: bool,
+    /// Whether some of this worker's contribution came too late to be counted.
+    pub late: bool,
+    /// Workers that steps waited for after this one.
+    pub live_workers: u16,
     /// Tokens (or images) that this worker processed.
     pub tokens: u64,
     /// Seconds of the whole step.
@@ -82,6 +88,10 @@ pub struct RunSummary {
     pub steps: u64,
     /// Steps that all workers skipped.
     pub skipped_steps: u64,
+    /// Steps that had closed without this worker.
+    pub behind_steps: u64,
+    /// Steps in which some of this worker's contribution came too late.
+    pub late_steps: u64,
     /// Mean training loss of the last steps (up to 20).
     pub final_train_loss: Option<f32>,
     /// Last validation loss.
@@ -117,6 +127,8 @@ impl RunSummary {
     pub fn add(&mut self, record: &StepRecord) {
         self.steps += 1;
         self.skipped_steps += u64::from(record.skipped);
+        self.behind_steps += u64::from(record.behind);
+        self.late_steps += u64::from(record.late);
         self.tokens += record.tokens;
         self.total_seconds += f64::from(record.step_seconds);
         self.compute_seconds += f64::from(record.compute_seconds);
