@@ -12,9 +12,10 @@ pub(super) fn changes_membership(action: &Action) -> bool {
         Action::Observe(
             Observation::Joined { .. }
                 | Observation::Started { .. }
-                | Observation::JoinedLater { .. }
                 | Observation::Away { .. }
                 | Observation::Returned { .. }
+                | Observation::JoinedLater { .. }
+                | Observation::Recovered { .. }
                 | Observation::Left { .. }
                 | Observation::Lost { .. }
                 | Observation::Emptied
@@ -93,38 +94,17 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
                 .set_compression(None, None, Some(f64::from(report.residual_ratio)));
             tracing::debug!(%rank, step = %report.step, loss = report.loss, "a worker reported");
         }
-        Observation::Emptied => {
-            tracing::info!("nobody is left: ready for another start of the job")
-        }
-        Observation::Away { .. }
-        | Observation::Returned { .. }
-        | Observation::JoinedLater { .. }
-        | Observation::Recovering { .. }
-        | Observation::Recovered { .. }
-        | Observation::Adopted { .. }
-        | Observation::Late { .. }
-        | Observation::Straggling { .. }
-        | Observation::DigestsDiffer { .. } => elastic(observation),
-    }
-}
-
-/// What happens only to jobs whose members come, go or fall behind.
-fn elastic(observation: &Observation) {
-    match observation {
         Observation::Away { rank, reason } => {
-            tracing::warn!(%rank, reason, "a worker's connection is gone; it may come back");
+            tracing::warn!(%rank, reason, "a worker is away");
         }
         Observation::Returned { rank, seconds } => {
             tracing::info!(%rank, seconds, "a worker is back");
         }
         Observation::JoinedLater { rank, step } => {
-            tracing::info!(%rank, %step, "a worker joined the running job");
+            tracing::info!(%rank, %step, "a worker joins with a snapshot");
         }
         Observation::Recovering { members } => {
-            tracing::warn!(
-                members,
-                "started in the middle of a job: waiting for its members to tell what they hold"
-            );
+            tracing::info!(members, "a job is under way: its workers tell where it is");
         }
         Observation::Recovered {
             step,
@@ -133,22 +113,23 @@ fn elastic(observation: &Observation) {
             adopted,
             seconds,
         } => {
-            tracing::info!(%step, told, members, adopted, seconds, "told enough: the job goes on");
+            tracing::info!(%step, told, members, adopted, seconds, "the job goes on");
         }
         Observation::Adopted { rank, step, bucket } => {
-            tracing::debug!(%rank, %step, %bucket, "an answer that a worker held was taken over");
+            tracing::debug!(%rank, %step, %bucket, "took over an answer that a worker held");
         }
         Observation::Late { rank, seconds } => {
-            tracing::debug!(%rank, seconds, "a contribution came too late to count");
+            tracing::debug!(%rank, seconds, "a contribution came after its phase had closed");
         }
         Observation::Straggling { rank, persistent } => {
             tracing::warn!(%rank, persistent, "a worker is late most of the time, or no longer");
         }
         Observation::DigestsDiffer { step, ranks } => {
-            tracing::error!(%step, ?ranks, "parameters of workers are not the same");
+            tracing::error!(%step, ?ranks, "the parameters of workers are not the same");
         }
-        // Those of `observation`.
-        _ => {}
+        Observation::Emptied => {
+            tracing::info!("nobody is left: ready for another start of the job")
+        }
     }
 }
 

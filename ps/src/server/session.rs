@@ -8,8 +8,8 @@ use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::Flow;
 use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Hello};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream, TransportError,
-    connection_error, write_frame,
+    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream,
+    TransportError, connection_error, write_frame,
 };
 use bytes::Bytes;
 use core::sync::atomic::Ordering;
@@ -192,13 +192,13 @@ async fn round_stream(
     let mut registration: Option<Registration<'_>> = None;
     let (answer, mut answers) = mpsc::unbounded_channel();
     loop {
+        let limit = hub.body_limit.load(Ordering::Relaxed);
         let header = registration.is_none().then_some(hub.timeouts.header);
         let patience = frames::Patience {
             progress: || connection.stats().frame_rx.stream,
             header,
             body: hub.timeouts.body,
         };
-        let limit = |header: &FrameHeader| hub.frame_limit(header);
         let (header, body) = match frames::read(&mut recv, limit, patience).await {
             Ok(frame) => frame,
             Err(fault) => return faulty(&hub, id, &fault).await,
