@@ -64,7 +64,7 @@ mod stats;
 pub use elastic::RETAINED_STEPS;
 pub use error::{ImportError, StepError};
 pub use result::{RowsCame, TensorResult};
-pub use state::WorkerState;
+pub use state::{SHARED_ARRAY, WorkerState};
 pub use stats::{ByteCounts, StepOutcome, StepStats};
 
 use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};
