@@ -53,6 +53,12 @@ impl FrameKind {
         (self as u8).is_multiple_of(2)
     }
 
+    /// Whether the round goes on after an answer of this kind, unless it says that all skip.
+    #[must_use]
+    pub fn goes_on(self) -> bool {
+        matches!(self, Self::Selection | Self::Restore)
+    }
+
     fn from_wire(value: u8) -> Result<Self, WireError> {
         let known = Self::ALL.into_iter().find(|kind| *kind as u8 == value);
         known.ok_or(WireError::Unknown {

@@ -6,7 +6,7 @@ use super::{Hub, observe};
 use crate::shard::{Event, SessionId};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::Flow;
-use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Hello};
+use arc_topk_common::wire::{Control, FrameHeader, Hello};
 use arc_topk_transport::{
     Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream,
     TransportError, connection_error, write_frame,
@@ -233,7 +233,7 @@ async fn round_stream(
             return tracing::debug!(session = id.0, %error, "an answer was not taken");
         }
         observe::header(&hub, Flow::Down);
-        if header.kind != FrameKind::Selection || header.flags.non_finite {
+        if !header.kind.goes_on() || header.flags.non_finite {
             // Already finished means that the peer stopped it.
             let _stopped = send.finish();
             return;

@@ -54,7 +54,7 @@ impl Answer {
             non_finite: false,
             body: payload.into(),
             roster_bytes: roster.len() as u16,
-            last: !goes_on(kind),
+            last: !kind.goes_on(),
             contributors,
             straggler: None,
             asked: BTreeMap::new(),
@@ -89,9 +89,4 @@ pub(crate) fn answer_kind(up: FrameKind) -> FrameKind {
         FrameKind::Estimates => FrameKind::EstimatesMean,
         _ => FrameKind::DenseMean,
     }
-}
-
-/// Whether another phase follows an answer of this kind.
-pub(crate) fn goes_on(kind: FrameKind) -> bool {
-    matches!(kind, FrameKind::Selection | FrameKind::Restore)
 }

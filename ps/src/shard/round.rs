@@ -13,7 +13,7 @@ use super::aggregate::Sum;
 use super::answer::{self, Picked};
 use super::event::{SessionId, Traffic};
 use super::phase::{Arrival, ClosingRules, Folded, Phase};
-use super::reply::{Answer, Held, answer_kind, goes_on};
+use super::reply::{Answer, Held, answer_kind};
 use super::union::Union;
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::ids::Rank;
@@ -311,7 +311,7 @@ impl Round {
         let up = self.phase.up;
         self.shape.changes_estimates
             && up != FrameKind::Estimates
-            && !goes_on(answer_kind(up))
+            && !answer_kind(up).goes_on()
             && !self.phase.non_finite
             && !self.phase.arrived.is_empty()
             && !before
@@ -372,7 +372,7 @@ impl Round {
             non_finite,
             body: held.body,
             roster_bytes,
-            last: non_finite || !goes_on(kind),
+            last: non_finite || !kind.goes_on(),
             contributors,
             straggler: None,
             asked,

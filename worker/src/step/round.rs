@@ -260,7 +260,7 @@ impl Round {
         self.abstains |= !self.finite;
         self.answered(header, body);
         traffic.received.control += HEADER_BYTES as u64;
-        if !matches!(header.kind, FrameKind::Selection | FrameKind::Restore) {
+        if !header.kind.goes_on() {
             self.state = State::Closed;
             return Ok(None);
         }
