@@ -2,8 +2,8 @@
 //! accepted has exactly one encoding. The fuzz targets and `tests/fuzz_corpus.rs` call these functions.
 
 use super::{
-    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, Manifest, PART_HEADER_BYTES,
-    PieceMeta, RoundShape, StoreRequest, StoreResponse, decode_selection, encode_selection,
+    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, RoundShape, decode_roster,
+    decode_selection, encode_roster, encode_selection,
 };
 use crate::config::AlgorithmConfig;
 use crate::config::algorithm::{Compressor, SelectionPolicy, ValueType};
@@ -51,27 +51,6 @@ fn rounds(plan: &Plan) {
     }
 }
 
-/// A message of the snapshot store, and its files.
-///
-/// # Panics
-/// If an accepted message or file has another encoding.
-pub fn store(bytes: &[u8]) {
-    if let Ok(message) = StoreRequest::decode(bytes) {
-        assert_eq!(message.encode(), bytes, "a request has one encoding");
-    }
-    if let Ok(message) = StoreResponse::decode(bytes) {
-        assert_eq!(message.encode(), bytes, "a response has one encoding");
-    }
-    if let Ok(manifest) = Manifest::from_file_bytes(bytes) {
-        assert_eq!(manifest.file_bytes(), bytes, "a manifest has one file");
-    }
-    if let Some(header) = bytes.first_chunk::<PART_HEADER_BYTES>()
-        && let Ok(meta) = PieceMeta::from_file_header(header)
-    {
-        assert_eq!(&meta.file_header(), header, "a piece has one header");
-    }
-}
-
 /// A frame header.
 ///
 /// # Panics
@@ -101,6 +80,18 @@ pub fn selection(bytes: &[u8]) {
             bytes[..used],
             "a selection has one encoding"
         );
+    }
+}
+
+/// A roster.
+///
+/// # Panics
+/// If an accepted roster has another encoding.
+pub fn roster(bytes: &[u8]) {
+    if let Ok(ranks) = decode_roster(bytes)
+        && !bytes.is_empty()
+    {
+        assert_eq!(encode_roster(&ranks), bytes, "a roster has one encoding");
     }
 }
 

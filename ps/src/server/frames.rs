@@ -68,10 +68,10 @@ pub(super) enum FrameFault {
     Header(#[from] WireError),
 }
 
-/// One frame. `limit` says how long the body of a header's frame may be.
+/// One frame.
 pub(super) async fn read(
     stream: &mut RecvStream,
-    limit: impl Fn(&FrameHeader) -> usize,
+    limit: usize,
     patience: Patience<impl Fn() -> u64>,
 ) -> Result<(FrameHeader, Bytes), FrameFault> {
     let mut bytes = [0; HEADER_BYTES];
@@ -87,7 +87,7 @@ pub(super) async fn read(
     };
     read.map_err(|error| FrameFault::Gone(error.to_string()))?;
     let header = FrameHeader::decode(&bytes)?;
-    let body = read_body(stream, header.body_bytes as usize, limit(&header), &patience).await?;
+    let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
     Ok((header, body))
 }
 

@@ -36,6 +36,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -82,7 +83,7 @@ pub struct ServeOptions {
     pub identity: Identity,
     /// Settings of QUIC.
     pub transport: TransportConfig,
-    /// What the machine is told.
+    /// What the machine is told; the incarnation is drawn at the start.
     pub shard: ShardConfig,
     /// Patience with peers.
     pub timeouts: Timeouts,
@@ -120,8 +121,6 @@ pub(crate) struct Hub {
     streams: DashMap<(SessionId, Step, BucketId), mpsc::UnboundedSender<(FrameHeader, Bytes)>>,
     /// Longest body under the current plan.
     body_limit: AtomicUsize,
-    /// The same of an answer that a worker holds.
-    held_limit: AtomicUsize,
     /// Streams that a session may hold open under the current plan.
     stream_limit: AtomicU32,
     closing: AtomicBool,
@@ -143,15 +142,6 @@ impl Hub {
     async fn event(&self, event: Event) {
         // The owner ends only with the process: then nobody needs the event.
         let _ended = self.commands.send(Command::Event(event)).await;
-    }
-
-    fn frame_limit(&self, header: &FrameHeader) -> usize {
-        let limit = if header.flags.held {
-            &self.held_limit
-        } else {
-            &self.body_limit
-        };
-        limit.load(Ordering::Relaxed)
     }
 
     /// The machine's status; `None` once it has ended.
@@ -234,7 +224,6 @@ impl Server {
             sessions: DashMap::new(),
             streams: DashMap::new(),
             body_limit: AtomicUsize::new(0),
-            held_limit: AtomicUsize::new(0),
             stream_limit: AtomicU32::new(1),
             closing: AtomicBool::new(false),
             started: Instant::now(),
@@ -247,7 +236,11 @@ impl Server {
             chaos_delay: options.chaos_delay,
             metrics: ShardMetrics::new(),
         });
-        owner::spawn(Shard::new(options.shard), queue, hub.clone()).map_err(system("a thread"))?;
+        let shard = ShardConfig {
+            incarnation: incarnation(),
+            ..options.shard
+        };
+        owner::spawn(Shard::new(shard), queue, hub.clone()).map_err(system("a thread"))?;
         let (stop, stopped) = watch::channel(false);
         if let Some(listener) = listener {
             let mut until = stopped.clone();
@@ -312,6 +305,11 @@ impl Server {
         self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
         let _slow = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
     }
+}
+
+/// What no other process has: the hasher's keys come from the operating system.
+fn incarnation() -> u64 {
+    RandomState::new().hash_one(std::process::id())
 }
 
 /// Measures connections, and tells the machine that time goes by: each second, and when it wishes.

@@ -130,59 +130,6 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
         Observation::Emptied => {
             tracing::info!("nobody is left: ready for another start of the job")
         }
-        Observation::Away { .. }
-        | Observation::Returned { .. }
-        | Observation::JoinedLater { .. }
-        | Observation::Recovering { .. }
-        | Observation::Recovered { .. }
-        | Observation::Adopted { .. }
-        | Observation::Late { .. }
-        | Observation::Straggling { .. }
-        | Observation::DigestsDiffer { .. } => elastic(observation),
-    }
-}
-
-/// What happens only to jobs whose members come, go or fall behind.
-fn elastic(observation: &Observation) {
-    match observation {
-        Observation::Away { rank, reason } => {
-            tracing::warn!(%rank, reason, "a worker's connection is gone; it may come back");
-        }
-        Observation::Returned { rank, seconds } => {
-            tracing::info!(%rank, seconds, "a worker is back");
-        }
-        Observation::JoinedLater { rank, step } => {
-            tracing::info!(%rank, %step, "a worker joined the running job");
-        }
-        Observation::Recovering { members } => {
-            tracing::warn!(
-                members,
-                "started in the middle of a job: waiting for its members to tell what they hold"
-            );
-        }
-        Observation::Recovered {
-            step,
-            told,
-            members,
-            adopted,
-            seconds,
-        } => {
-            tracing::info!(%step, told, members, adopted, seconds, "told enough: the job goes on");
-        }
-        Observation::Adopted { rank, step, bucket } => {
-            tracing::debug!(%rank, %step, %bucket, "an answer that a worker held was taken over");
-        }
-        Observation::Late { rank, seconds } => {
-            tracing::debug!(%rank, seconds, "a contribution came too late to count");
-        }
-        Observation::Straggling { rank, persistent } => {
-            tracing::warn!(%rank, persistent, "a worker is late most of the time, or no longer");
-        }
-        Observation::DigestsDiffer { step, ranks } => {
-            tracing::error!(%step, ?ranks, "parameters of workers are not the same");
-        }
-        // Those of `observation`.
-        _ => {}
     }
 }
 

@@ -102,7 +102,6 @@ fn set_limits(hub: &Hub, shard: &Shard) {
     let streams = rounds.saturating_add(1 + HELD_STREAMS);
     hub.stream_limit.store(streams, Ordering::Relaxed);
     hub.body_limit.store(shard.body_limit(), Ordering::Relaxed);
-    hub.held_limit.store(2 * shard.body_limit(), Ordering::Relaxed);
 }
 
 fn set_deadline(hub: &Hub, shard: &Shard) {

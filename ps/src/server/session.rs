@@ -6,10 +6,10 @@ use super::{Hub, observe};
 use crate::shard::{Event, SessionId};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::Flow;
-use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Hello};
+use arc_topk_common::wire::{Control, FrameHeader, Hello};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream, TransportError,
-    connection_error, write_frame,
+    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream,
+    TransportError, connection_error, write_frame,
 };
 use bytes::Bytes;
 use core::sync::atomic::Ordering;
@@ -192,13 +192,13 @@ async fn round_stream(
     let mut registration: Option<Registration<'_>> = None;
     let (answer, mut answers) = mpsc::unbounded_channel();
     loop {
+        let limit = hub.body_limit.load(Ordering::Relaxed);
         let header = registration.is_none().then_some(hub.timeouts.header);
         let patience = frames::Patience {
             progress: || connection.stats().frame_rx.stream,
             header,
             body: hub.timeouts.body,
         };
-        let limit = |header: &FrameHeader| hub.frame_limit(header);
         let (header, body) = match frames::read(&mut recv, limit, patience).await {
             Ok(frame) => frame,
             Err(fault) => return faulty(&hub, id, &fault).await,
@@ -233,7 +233,7 @@ async fn round_stream(
             return tracing::debug!(session = id.0, %error, "an answer was not taken");
         }
         observe::header(&hub, Flow::Down);
-        if header.kind != FrameKind::Selection || header.flags.non_finite {
+        if !header.kind.goes_on() || header.flags.non_finite {
             // Already finished means that the peer stopped it.
             let _stopped = send.finish();
             return;

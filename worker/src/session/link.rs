@@ -5,7 +5,7 @@ use crate::reducer::ReduceError;
 use crate::step::Outgoing;
 use arc_topk_common::ids::{BucketId, ShardId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{Control, FrameHeader, MAX_ROSTER_BYTES, RoundShape};
+use arc_topk_common::wire::{Control, Direction, FrameHeader, MAX_ROSTER_BYTES, RoundShape};
 use arc_topk_transport::{
     Connection, ControlSender, TransportError, connection_error, read_frame, write_frame,
 };
@@ -89,9 +89,7 @@ impl Link {
 /// Bytes of the longest body that the shard may answer with in this round.
 fn largest_answer(plan: &Plan, shard: ShardId, header: &FrameHeader) -> usize {
     let shape = RoundShape::new(plan, header.bucket, shard, header.update);
-    let answers = shape.phases().iter();
-    let limits = answers.map(|phase| shape.body_limit(phase.down));
-    limits.max().unwrap_or(0) + MAX_ROSTER_BYTES
+    shape.largest_body(Direction::Down) + MAX_ROSTER_BYTES
 }
 
 /// What every stream of a connection needs.

@@ -56,7 +56,7 @@ use arc_topk_common::ids::{Rank, RunId, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
 use arc_topk_transport::{ConnectionSummary, Endpoint, LEAVE_CODE, VarInt, summary};
-use dial::{Dialled, Dialer};
+use dial::{Dialer, Dialled};
 use shared::{Core, Shared, Work};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;

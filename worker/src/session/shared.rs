@@ -362,7 +362,11 @@ impl Shared {
                 return Next::Deadline;
             }
             inner = match rest {
-                Some(rest) => self.work.wait_timeout(inner, rest).map(|woken| woken.0).ok(),
+                Some(rest) => self
+                    .work
+                    .wait_timeout(inner, rest)
+                    .map(|woken| woken.0)
+                    .ok(),
                 None => self.work.wait(inner).ok(),
             }
             .expect("no code that can panic runs under this lock");

@@ -1,6 +1,6 @@
 //! The task that keeps one shard connected: it serves a connection until it ends, and dials again.
 
-use super::dial::{Dialled, Dialer, FIRST_PAUSE, Patience};
+use super::dial::{Dialer, Dialled, FIRST_PAUSE, Patience};
 use super::error::ConnectError;
 use super::link::{ControlOut, Link, write_control};
 use super::shared::{Peer, Shared, What, Work};
@@ -175,7 +175,8 @@ impl Supervisor {
                     return Err(End::Refused(code, detail));
                 }
                 Err(ConnectError::Join { seconds, .. }) => {
-                    cause = format!("the shard answers, but does not say Welcome within {seconds} s");
+                    cause =
+                        format!("the shard answers, but does not say Welcome within {seconds} s");
                 }
                 Err(ConnectError::Transport { source, .. }) => cause = source.to_string(),
                 Err(error) => cause = error.to_string(),
