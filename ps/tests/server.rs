@@ -11,6 +11,7 @@ use arc_topk_common::wire::{
 };
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Stage};
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{CertRequest, make_job_certs};
 use arc_topk_transport::{
     Connection, ControlStream, Identity, RecvStream, SendStream, TransportConfig, TransportError,
@@ -48,6 +49,7 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
             min_workers: 1,
         },
         chaos_delay: Duration::ZERO,
+        store: StoreOptions::default(),
         timeouts: Timeouts::default(),
     }
 }
