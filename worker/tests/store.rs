@@ -6,9 +6,9 @@ mod support;
 
 use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::wire::{Manifest, Owner, PartInfo, RunId, SnapshotId, StoreCode};
-use arc_topk_ps::server::Server;
+use arc_topk_ps::server::{ServeError, Server};
 use arc_topk_ps::store::StoreOptions;
-use arc_topk_transport::Identity;
+use arc_topk_transport::{Identity, TransportError};
 use arc_topk_worker::store::{StoreClient, StoreConfig, StoreError};
 use bytes::Bytes;
 use net::{Job, transport};
@@ -404,7 +404,16 @@ fn a_client_survives_the_restart_of_a_shard() {
     shards.job.runtime.block_on(old.shutdown("restart"));
     let mut options = shards.job.options(address, 0, 1);
     options.store.dir = Some(shards.dir(0));
-    let server = shards.job.runtime.block_on(Server::start(options)).unwrap();
+    // The old socket goes with the last task that holds it.
+    let server = loop {
+        let started = Server::start(options.clone());
+        match shards.job.runtime.block_on(started) {
+            Err(ServeError::Transport(TransportError::PortInUse { .. })) => {
+                std::thread::sleep(Duration::from_millis(5));
+            }
+            started => break started.unwrap(),
+        }
+    };
     shards.job.servers.push(server);
     check_newest(&client, 10, 1);
     drop(client);

@@ -147,9 +147,8 @@ pub(crate) struct Hub {
 impl Hub {
     /// Gauges of the store.
     fn observe_store(&self) {
-        let status = self.store.status();
-        self.metrics
-            .set_snapshots(status.snapshots.len(), status.bytes);
+        let (snapshots, bytes) = self.store.load();
+        self.metrics.set_snapshots(snapshots, bytes);
     }
 
     /// Hands an event to the machine; waits while its queue is full.

@@ -133,6 +133,12 @@ impl Index {
         (index, removals)
     }
 
+    /// Snapshots of which anything is held or coming.
+    #[must_use]
+    pub fn snapshots(&self) -> usize {
+        self.snapshots.len()
+    }
+
     /// Bytes held.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {

@@ -279,6 +279,12 @@ impl Store {
         lock(&self.held).index.listing()
     }
 
+    /// Snapshots and bytes held, for metrics.
+    pub(super) fn load(&self) -> (usize, u64) {
+        let index = &lock(&self.held).index;
+        (index.snapshots(), index.held_bytes())
+    }
+
     /// For the status page.
     pub(super) fn status(&self) -> StoreStatus {
         let held = lock(&self.held);
