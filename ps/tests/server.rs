@@ -11,6 +11,7 @@ use arc_topk_common::wire::{
 };
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Stage};
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{CertRequest, make_job_certs};
 use arc_topk_transport::{
     Connection, ControlStream, Identity, RecvStream, SendStream, TransportConfig, TransportError,
@@ -48,6 +49,7 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
             min_workers: 1,
         },
         chaos_delay: Duration::ZERO,
+        store: StoreOptions::default(),
         timeouts: Timeouts::default(),
     }
 }
@@ -301,7 +303,9 @@ async fn workers_get_the_mean_and_the_pages_show_it() {
     assert!(get(admin, "/").await.contains("<title>arc-ps</title>"));
     let status = get(admin, "/status").await;
     assert!(
-        status.contains("\"rounds_complete\":3") && status.contains("\"stage\":\"running\""),
+        status.contains("\"rounds_complete\":3")
+            && status.contains("\"stage\":\"running\"")
+            && status.contains("\"store\":{\"ready\":true,\"directory\":null"),
         "{status}"
     );
     let metrics = get(admin, "/metrics").await;

@@ -25,7 +25,7 @@ pub(super) struct Patience<P> {
 }
 
 /// Waits for `future` until nothing has grown for as long as `patience`.
-async fn while_moving<T>(
+pub(super) async fn while_moving<T>(
     patience: Duration,
     progress: &impl Fn() -> u64,
     seen: &mut u64,

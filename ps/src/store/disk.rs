@@ -56,9 +56,6 @@ pub enum DiskError {
         /// What is wrong.
         problem: String,
     },
-    /// The bytes of a Put are not those that were announced.
-    #[error("the bytes that came are not those announced: {0}; send the piece again")]
-    Announced(&'static str),
 }
 
 fn failed(action: &'static str, path: &Path) -> impl FnOnce(io::Error) -> DiskError {
@@ -84,8 +81,7 @@ pub struct Found {
 #[derive(Debug)]
 pub struct Disk {
     dir: PathBuf,
-    /// Held to the end.
-    _lock: File,
+    lock: File,
 }
 
 impl Disk {
@@ -109,8 +105,14 @@ impl Disk {
         }
         Ok(Self {
             dir: dir.to_owned(),
-            _lock: lock,
+            lock,
         })
+    }
+
+    /// Lets another process use the directory. Nothing may be written afterwards.
+    pub fn release(&self) {
+        // The lock ends with the process at the latest.
+        let _held_to_the_end = self.lock.unlock();
     }
 
     /// Reads and checks every file, and removes temporary ones. Never fails: what is not whole is reported.

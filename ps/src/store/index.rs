@@ -133,6 +133,12 @@ impl Index {
         (index, removals)
     }
 
+    /// Snapshots of which anything is held or coming.
+    #[must_use]
+    pub fn snapshots(&self) -> usize {
+        self.snapshots.len()
+    }
+
     /// Bytes held.
     #[must_use]
     pub fn held_bytes(&self) -> u64 {
@@ -245,16 +251,28 @@ impl Index {
     /// # Errors
     /// The snapshot was dropped or committed with other contents in the meantime; the bytes are to be removed.
     pub fn finish(&mut self, ticket: Ticket) -> Result<(), Refusal> {
-        let id = ticket.snapshot;
-        let meta = self.incoming.remove(&ticket).ok_or(Refusal::Dropped(id))?;
-        let entry = self.snapshots.get_mut(&id).ok_or(Refusal::Dropped(id))?;
-        if let Some(manifest) = &entry.manifest
-            && manifest.part(meta.owner) != Some(&part_of(&meta))
-        {
-            return Err(Refusal::Conflict(id));
-        }
+        let checked = self.check_finish(ticket).cloned();
+        self.incoming.remove(&ticket);
+        let meta = checked?;
+        let entry = self.snapshots.entry(ticket.snapshot).or_default();
         entry.pieces.insert(piece_key(&meta), meta);
         Ok(())
+    }
+
+    /// Whether [`Index::finish`] would be done, and with what.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check_finish(&self, ticket: Ticket) -> Result<&PieceMeta, Refusal> {
+        let id = ticket.snapshot;
+        let meta = self.incoming.get(&ticket).ok_or(Refusal::Dropped(id))?;
+        let entry = self.snapshots.get(&id).ok_or(Refusal::Dropped(id))?;
+        match &entry.manifest {
+            Some(manifest) if manifest.part(meta.owner) != Some(&part_of(meta)) => {
+                Err(Refusal::Conflict(id))
+            }
+            _ => Ok(meta),
+        }
     }
 
     /// Whether a Put is still wanted.

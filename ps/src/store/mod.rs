@@ -24,6 +24,8 @@
 pub mod disk;
 pub mod index;
 pub mod refusal;
+#[cfg(test)]
+mod tests;
 
 use std::path::PathBuf;
 
