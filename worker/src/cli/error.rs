@@ -39,6 +39,13 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Train(#[from] TrainError),
     #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    #[error(
+        "the job has ended while this worker was away, so there is nothing that it could join again; start all workers \
+         again, with --resume if there are snapshots or checkpoints"
+    )]
+    NothingToJoin,
+    #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
     Admin(#[from] arc_topk_ps::server::admin::AdminBindError),
