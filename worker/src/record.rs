@@ -227,6 +227,32 @@ impl StepWriter {
     }
 }
 
+/// Directories `worker-<rank>` in that of a job, by rank. Ranks may be missing: a worker that joins late, or again, has the
+/// next one.
+///
+/// # Errors
+/// If the directory cannot be listed; one that does not exist holds none.
+pub fn worker_directories(job: &Path) -> Result<Vec<PathBuf>, RecordError> {
+    let entries = match fs::read_dir(job) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(io_error("list", job, source)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry
+            .map_err(|source| io_error("list", job, source))?
+            .path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let rank = name.and_then(|name| name.strip_prefix("worker-")?.parse::<u16>().ok());
+        if let Some(rank) = rank.filter(|_| path.is_dir()) {
+            found.push((rank, path));
+        }
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
+}
+
 /// Reads all step records of a run. A half-written last line (a run that was killed) is left out.
 ///
 /// # Errors

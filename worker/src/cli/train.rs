@@ -121,7 +121,8 @@ impl TrainCommand {
         data: Arc<Dataset>,
         watch: &mut Watch,
     ) -> Result<RunSummary, CliError> {
-        let advice = "without shards there are no snapshots to go on from; pass --checkpoint-dir DIR";
+        let advice =
+            "without shards there are no snapshots to go on from; pass --checkpoint-dir DIR";
         let kept = !self.train.resume || self.train.checkpoint_dir.is_some();
         require(kept, "checkpoint_dir", "not set", "a directory", advice)?;
         let mut reducer = LocalReducer::new(spec)?;
