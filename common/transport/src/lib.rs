@@ -30,6 +30,9 @@ pub use endpoint::{
 };
 pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;
-pub use stream::{ControlReceiver, ControlSender, ControlStream, read_frame, write_frame};
+pub use stream::{
+    ControlReceiver, ControlSender, ControlStream, read_error, read_frame, read_message,
+    write_error, write_frame, write_message,
+};
 
-pub use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
+pub use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, VarInt, WriteError};

@@ -6,6 +6,8 @@
 
 mod checkpoint;
 pub mod data;
+#[cfg(test)]
+mod elastic_tests;
 mod encoding;
 mod feedback;
 mod local;

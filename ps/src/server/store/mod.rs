@@ -14,7 +14,7 @@ use crate::store::disk::{Disk, DiskError, PartWriter};
 use crate::store::index::{Index, PieceKey, Removals, Ticket, piece_key};
 use crate::store::refusal::Refusal;
 use arc_topk_common::wire::{
-    HeldSnapshot, Manifest, PieceMeta, RunId, SnapshotId, StoreCode, piece_range,
+    HeldSnapshot, Manifest, PieceMeta, SnapshotId, StoreCode, piece_range,
 };
 use bytes::Bytes;
 use core::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
@@ -480,7 +480,7 @@ impl Opened {
 
 /// A worker begins to store a replica: the owner's machine may pin the run and step, so that a joiner can be sent there.
 /// Today nothing is pinned.
-fn store_pins(_hub: &super::Hub, run: RunId, step: arc_topk_common::ids::Step) {
+fn store_pins(_hub: &super::Hub, run: arc_topk_common::ids::RunId, step: arc_topk_common::ids::Step) {
     tracing::debug!(%run, %step, "a replica is being stored");
 }
 
