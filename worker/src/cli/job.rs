@@ -6,6 +6,7 @@
 //! what it must know.
 
 use super::error::CliError;
+use super::lives::Lives;
 use super::process::{Output, Process, tail};
 use super::progress::Progress;
 use super::stop::Signals;
@@ -162,7 +163,7 @@ impl<'a> Job<'a> {
         let process = self.spawn(index, name, command, 0)?;
         self.processes.push(process);
         self.ended.push(false);
-        self.lives.push(Lives::new());
+        self.lives.push(Lives::new(std::time::Instant::now()));
         Ok(())
     }
 
@@ -186,7 +187,7 @@ impl<'a> Job<'a> {
         if self.spec.restart == RestartPolicy::Never || self.done {
             return false;
         }
-        let Some(life) = self.lives[index].next(status) else {
+        let Some(life) = self.lives[index].next(std::time::Instant::now(), status) else {
             return false;
         };
         let name = self.processes[index].name.clone();
@@ -456,54 +457,6 @@ impl<'a> Job<'a> {
                 _ => break,
             }
         }
-    }
-}
-
-/// The lives of one process.
-#[derive(Debug)]
-struct Lives {
-    started: Instant,
-    /// When it was started again.
-    restarts: Vec<Instant>,
-    /// This life has finished a step.
-    took_part: bool,
-    /// It was asked to end, since the job is over.
-    dismissed: bool,
-}
-
-impl Lives {
-    /// Most restarts within [`Lives::WINDOW`].
-    const MOST: usize = 5;
-    const WINDOW: Duration = Duration::from_secs(60);
-    /// One that fails sooner by itself cannot start at all.
-    const LEAST_LIFE: Duration = Duration::from_secs(2);
-
-    fn new() -> Self {
-        Self {
-            started: Instant::now(),
-            restarts: Vec::new(),
-            took_part: false,
-            dismissed: false,
-        }
-    }
-
-    fn is_again(&self) -> bool {
-        !self.restarts.is_empty()
-    }
-
-    /// Begins another life after one that ended with `status`, unless that would help nobody. Returns its number.
-    fn next(&mut self, status: ExitStatus) -> Option<usize> {
-        let now = Instant::now();
-        let wrong_usage_or_asked = matches!(status.code(), Some(2 | 130));
-        let stillborn = status.code().is_some() && now - self.started < Self::LEAST_LIFE;
-        let recent = |at: &&Instant| now - **at < Self::WINDOW;
-        let often = self.restarts.iter().filter(recent).count() >= Self::MOST;
-        if wrong_usage_or_asked || stillborn || often {
-            return None;
-        }
-        self.restarts.push(now);
-        (self.started, self.took_part) = (now, false);
-        Some(self.restarts.len())
     }
 }
 

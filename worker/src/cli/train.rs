@@ -356,3 +356,48 @@ impl Observer for Watch {
         self.stop.asked()
     }
 }
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::reducer::ReduceError;
+
+    #[test]
+    fn a_worker_joins_again_ever_more_slowly_and_not_for_ever() {
+        let mut rejoins = Rejoins::default();
+        assert!(!rejoins.any());
+        let mut pauses = Vec::new();
+        while let Some(pause) = rejoins.next_pause(0) {
+            pauses.push(pause.as_secs());
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32]);
+        assert!(rejoins.any());
+        assert_eq!(
+            rejoins.next_pause(Rejoins::PROGRESS),
+            Some(Duration::from_secs(1))
+        );
+    }
+
+    #[test]
+    fn only_a_job_that_goes_on_is_joined_again() {
+        let superseded = ReduceError::Superseded {
+            shard: 0,
+            detail: String::new(),
+        };
+        assert!(may_join_again(&TrainError::from(superseded).into()));
+        let ended = ReduceError::Ended {
+            detail: String::new(),
+        };
+        assert!(!may_join_again(&TrainError::from(ended).into()));
+        assert!(!may_join_again(&CliError::NothingToJoin));
+    }
+
+    #[test]
+    fn records_go_to_the_ranks_own_directory() {
+        let own = |path: &str| own_directory(Some(Path::new(path)), Rank(5)).unwrap();
+        assert_eq!(own("runs/worker-{rank}"), Path::new("runs/worker-5"));
+        assert_eq!(own("runs/x"), Path::new("runs/x"));
+        assert_eq!(own_directory(None, Rank(5)), None);
+    }
+}
