@@ -38,7 +38,7 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
     ServeOptions {
         listen: any,
         admin: Some(any),
-        identity,
+        identity: identity.into(),
         transport: TransportConfig::default(),
         shard: ShardConfig {
             shard: ShardId(0),

@@ -19,6 +19,7 @@ mod control;
 mod frames;
 mod observe;
 mod owner;
+mod renewal;
 mod session;
 
 use crate::shard::{Event, SessionId, Shard, ShardConfig, Status};
@@ -27,7 +28,7 @@ use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::ShardMetrics;
 use arc_topk_common::wire::FrameHeader;
 use arc_topk_transport::{
-    Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint,
+    Endpoint, IdentitySource, Listener, TransportConfig, TransportError, VarInt,
 };
 use bytes::Bytes;
 use control::SessionHandle;
@@ -36,9 +37,11 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
+use renewal::Renewal;
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 /// Events that may wait for the machine; senders wait beyond it, and QUIC's windows fill.
 const EVENTS_QUEUED: usize = 1024;
@@ -76,8 +79,9 @@ pub struct ServeOptions {
     pub listen: SocketAddr,
     /// HTTP address of the admin pages, if any.
     pub admin: Option<SocketAddr>,
-    /// Certificate of this shard.
-    pub identity: Identity,
+    /// Certificate of this shard. Files are looked at every few seconds: when they change, new connections see the new ones,
+    /// and sessions go on.
+    pub identity: IdentitySource,
     /// Settings of QUIC.
     pub transport: TransportConfig,
     /// What the machine is told.
@@ -187,6 +191,8 @@ pub struct Server {
     quic_address: SocketAddr,
     admin_address: Option<SocketAddr>,
     stop: watch::Sender<bool>,
+    renewal: JoinHandle<()>,
+    hurry: Arc<Notify>,
 }
 
 impl Server {
@@ -196,7 +202,9 @@ impl Server {
     /// An address that is in use or not of this machine, certificates that do not fit.
     pub async fn start(options: ServeOptions) -> Result<Self, ServeError> {
         let system = |what| move |source| ServeError::System { what, source };
-        let endpoint = server_endpoint(options.listen, &options.identity, &options.transport)?;
+        let identity = options.identity.current();
+        let bound = Listener::bind(options.listen, &identity, &options.transport)?;
+        let endpoint = bound.endpoint().clone();
         let quic_address = endpoint
             .local_addr()
             .map_err(system("the address of its UDP socket"))?;
@@ -239,13 +247,23 @@ impl Server {
             tokio::spawn(served);
         }
         tokio::spawn(session::accept(hub.clone(), endpoint.clone()));
-        tokio::spawn(tick(hub.clone(), stopped));
+        tokio::spawn(tick(hub.clone(), stopped.clone()));
+        let hurry = Arc::new(Notify::new());
+        let renewal = Renewal {
+            hub: hub.clone(),
+            listener: bound,
+            source: options.identity,
+            hurry: hurry.clone(),
+        };
+        let renewal = tokio::spawn(renewal.run(identity, stopped));
         Ok(Self {
             hub,
             endpoint,
             quic_address,
             admin_address,
             stop,
+            renewal,
+            hurry,
         })
     }
 
@@ -272,10 +290,17 @@ impl Server {
         self.hub.metrics.text()
     }
 
+    /// Looks at the certificate files now instead of within a few seconds, and takes them if they were changed.
+    pub fn renew_identity(&self) {
+        self.hurry.notify_one();
+    }
+
     /// Tells the workers, closes, and ends within a few seconds.
     pub async fn shutdown(self, reason: &str) {
         self.hub.closing.store(true, Ordering::Relaxed);
-        // No new sessions from here on.
+        // No new sessions from here on, nor by a certificate that comes just now.
+        self.renewal.abort();
+        let _ended = self.renewal.await;
         self.endpoint.set_server_config(None);
         self.hub
             .event(Event::Shutdown {

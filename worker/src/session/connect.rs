@@ -128,7 +128,8 @@ async fn attempt(
     let (name, _) = split_host(address).map_err(failed)?;
     let target = resolve(address).await.map_err(failed)?;
     let endpoint = client_endpoint(target, &config.transport).map_err(failed)?;
-    let connection = connect_resolved(&endpoint, target, name, &config.identity, &config.transport)
+    let identity = config.identity.current();
+    let connection = connect_resolved(&endpoint, target, name, &identity, &config.transport)
         .await
         .map_err(failed)?;
     let mut control = ControlStream::open(&connection, &peer)

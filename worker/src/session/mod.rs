@@ -40,7 +40,8 @@ use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
 use arc_topk_transport::{
-    Connection, ConnectionSummary, Endpoint, Identity, LEAVE_CODE, TransportConfig, VarInt, summary,
+    Connection, ConnectionSummary, Endpoint, IdentitySource, LEAVE_CODE, TransportConfig, VarInt,
+    summary,
 };
 use link::{ControlOut, Link};
 use shared::Shared;
@@ -91,8 +92,8 @@ pub type NetObserver = Arc<dyn Fn(&NetEvent) + Send + Sync>;
 pub struct NetConfig {
     /// `HOST:PORT` of every shard, in the same order on all workers. Certificates must name HOST.
     pub shards: Vec<String>,
-    /// Certificate, key and CA of this worker.
-    pub identity: Identity,
+    /// Certificate, key and CA of this worker; every connection that begins takes the newest.
+    pub identity: IdentitySource,
     /// Job name.
     pub job: String,
     /// Rank to ask for; `None` takes the lowest free one.
@@ -123,10 +124,10 @@ pub struct NetConfig {
 impl NetConfig {
     /// Joins `job` at `shards` with every other setting at its default.
     #[must_use]
-    pub fn new(job: &str, shards: &[String], identity: Identity) -> Self {
+    pub fn new(job: &str, shards: &[String], identity: impl Into<IdentitySource>) -> Self {
         Self {
             shards: shards.to_vec(),
-            identity,
+            identity: identity.into(),
             job: job.to_owned(),
             rank: None,
             world: None,
