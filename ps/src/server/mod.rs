@@ -11,8 +11,8 @@
 //! time and size that need a clock or a socket: no more connections than a small multiple of the world, those in their
 //! handshake counted; a Hello within [`Timeouts::hello`]; until the Welcome one stream and a window of
 //! [`HELLO_WINDOW_BYTES`](arc_topk_transport::config::HELLO_WINDOW_BYTES), afterwards as many streams as the plan has rounds;
-//! no body longer than the plan allows; a connection that keeps moving while a frame is awaited ([`Timeouts::header`],
-//! [`Timeouts::body`]).
+//! no body longer than the plan allows; a connection that keeps moving, and does not only trickle, while a frame is awaited
+//! or an answer is to be taken ([`Timeouts::header`], [`Timeouts::body`]).
 
 pub mod admin;
 mod control;
@@ -55,9 +55,9 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub struct Timeouts {
     /// From a handshake to the Hello.
     pub hello: Duration,
-    /// Without a byte on any stream of the connection, from a round stream's opening to its first header.
+    /// With less than 16 KiB on all round streams of the connection, from a round stream's opening to its first header.
     pub header: Duration,
-    /// Without a byte on any stream of the connection, between two pieces of a body.
+    /// With less than 16 KiB on all round streams of the connection, while a body comes or an answer waits to be taken.
     pub body: Duration,
 }
 
