@@ -33,6 +33,8 @@ pub use endpoint::{
 pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;
 pub use source::{IdentitySource, Look};
-pub use stream::{ControlReceiver, ControlSender, ControlStream, read_frame, write_frame};
+pub use stream::{
+    ControlReceiver, ControlSender, ControlStream, LongMessages, read_frame, write_frame,
+};
 
 pub use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};

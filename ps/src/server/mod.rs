@@ -28,7 +28,7 @@ use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::ShardMetrics;
 use arc_topk_common::wire::FrameHeader;
 use arc_topk_transport::{
-    Endpoint, IdentitySource, Listener, TransportConfig, TransportError, VarInt,
+    Endpoint, IdentitySource, Listener, LongMessages, TransportConfig, TransportError, VarInt,
 };
 use bytes::Bytes;
 use control::SessionHandle;
@@ -47,6 +47,8 @@ use tokio::task::JoinHandle;
 const EVENTS_QUEUED: usize = 1024;
 /// Interval at which connections are measured and the machine is told the time.
 const TICK: Duration = Duration::from_secs(1);
+/// Memory for long Hellos that come at the same time, bytes. Without it every connection could fill the longest message.
+const HELLO_BYTES: usize = 64 << 20;
 /// What a shutdown waits for refusals to reach their workers.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -130,6 +132,7 @@ pub(crate) struct Hub {
     /// Connections that are there, handshakes among them.
     connections: AtomicUsize,
     connections_limit: usize,
+    long_hellos: LongMessages,
     transport: TransportConfig,
     timeouts: Timeouts,
     chaos_delay: Duration,
@@ -232,6 +235,7 @@ impl Server {
             next_session: AtomicU64::new(1),
             connections: AtomicUsize::new(0),
             connections_limit: 2 * usize::from(options.shard.world) + 64,
+            long_hellos: LongMessages::new(HELLO_BYTES),
             transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,

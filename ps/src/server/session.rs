@@ -81,7 +81,7 @@ async fn greeting(
     let patience = hub.timeouts.hello;
     let first = timeout(patience, async {
         let mut control = ControlStream::accept(connection, peer).await?;
-        let hello = control.receiver.recv().await;
+        let hello = control.receiver.recv_within(&hub.long_hellos).await;
         Ok::<_, TransportError>((control, hello))
     });
     let (control, detail) = match first.await {

@@ -18,7 +18,8 @@ async fn member(
     worker.welcome().await;
     let mut honest = Honest::start(worker);
     let before = Before::now();
-    let kept = strike(&mut offender).await;
+    let kept = timeout(2 * PATIENCE, strike(&mut offender)).await;
+    let kept = kept.expect("the shard has had enough");
     honest.goes_on().await;
     before.is_about_now();
     let closed = closed(&offender.connection).await.to_string();

@@ -210,6 +210,40 @@ async fn control_messages_that_claim_too_much() {
     .await;
 }
 
+/// All but the end of the longest Hello, from as many peers as are let in: four are read, the others wait for room.
+#[tokio::test]
+async fn long_hellos_that_do_not_end() {
+    let slow = Timeouts {
+        hello: 10 * PATIENCE,
+        ..timeouts()
+    };
+    outside(slow, async |site: &Site, honest: &mut Honest| {
+        let socket = site.socket();
+        let bytes = [&control_claim(16 << 20)[..], &garbage(15 << 20)].concat();
+        let bytes: &'static [u8] = bytes.leak();
+        let (count, mut read) = watch::channel(0);
+        let mut peers = JoinSet::new();
+        for _ in 0..60 {
+            let connection = site.dial_from(&socket).await.unwrap();
+            let count = count.clone();
+            peers.spawn(async move {
+                let (mut send, _recv) = connection.open_bi().await.unwrap();
+                send.write_all(bytes).await.unwrap();
+                count.send_modify(|count| *count += 1);
+                closed(&connection).await
+            });
+        }
+        let four = timeout(PATIENCE, read.wait_for(|count| *count >= 4)).await;
+        four.unwrap().unwrap();
+        for _ in 0..3 {
+            honest.goes_on().await;
+        }
+        assert_eq!(*read.borrow(), 4);
+        peers.shutdown().await;
+    })
+    .await;
+}
+
 #[tokio::test]
 async fn garbage_after_the_handshake() {
     outside(timeouts(), async |site: &Site, honest: &mut Honest| {
