@@ -2,6 +2,7 @@
 
 use crate::server::{ServeError, ServeOptions, Server, Timeouts};
 use crate::shard::ShardConfig;
+use crate::store::StoreOptions;
 use arc_topk_common::config::{
     CertArgs, CommonArgs, SettingError, SettingsError, ShardArgs, read_settings,
 };
@@ -20,7 +21,8 @@ use tokio::signal::unix::{SignalKind, signal};
 /// One shard of arc-topk's parameter server.
 ///
 /// Collects the workers of a job, averages the sketches of their gradients, chooses the rows that travel, and
-/// averages those. Shard 0 also gives the workers their ranks. It keeps no training state: workers do.
+/// averages those. Shard 0 also gives the workers their ranks. It keeps no training state but the snapshots that
+/// workers put there.
 #[derive(Parser, Debug)]
 #[command(name = "arc-ps", version, after_help = SERVE_EXAMPLES)]
 struct ServeCommand {
@@ -242,6 +244,11 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
         },
         timeouts: Timeouts::default(),
         chaos_delay: Duration::from_millis(command.ready.chaos_delay_ms),
+        store: StoreOptions {
+            dir: command.shard.snapshots.snapshot_dir.clone(),
+            keep: usize::from(command.shard.snapshots.snapshot_keep),
+            limit_bytes: command.shard.snapshots.snapshot_limit_bytes,
+        },
     };
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .enable_all()

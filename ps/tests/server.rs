@@ -103,7 +103,9 @@ async fn workers_get_the_mean_and_the_pages_show_it() {
     assert!(get(admin, "/").await.contains("<title>arc-ps</title>"));
     let status = get(admin, "/status").await;
     assert!(
-        status.contains("\"rounds_complete\":3") && status.contains("\"stage\":\"running\""),
+        status.contains("\"rounds_complete\":3")
+            && status.contains("\"stage\":\"running\"")
+            && status.contains("\"store\":{\"ready\":true,\"directory\":null"),
         "{status}"
     );
     let metrics = get(admin, "/metrics").await;

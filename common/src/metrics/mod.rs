@@ -125,6 +125,33 @@ labels!(
     }
 );
 
+labels!(
+    /// What is asked of the snapshot store (label `request`).
+    StoreRequestKind {
+        /// Keep a piece.
+        Put = "put",
+        /// Send a piece.
+        Get = "get",
+        /// Say what there is.
+        List = "list",
+        /// Keep a snapshot.
+        Commit = "commit",
+        /// Nothing that could be read.
+        Unreadable = "unreadable",
+    }
+);
+labels!(
+    /// How a request of the snapshot store ended (label `outcome`).
+    StoreOutcome {
+        /// As asked.
+        Done = "done",
+        /// It broke a rule or a limit.
+        Refused = "refused",
+        /// The disk failed, the bytes were not those announced, or the peer went.
+        Failed = "failed",
+    }
+);
+
 impl Traffic {
     /// Where a whole frame's body is counted, if its parts are not told apart.
     #[must_use]

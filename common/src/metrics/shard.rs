@@ -22,6 +22,10 @@ pub struct ShardMetrics {
     certificate_expiry: IntGauge,
     certificate_renewals: IntCounterVec,
     straggler_wait_seconds: prometheus::CounterVec,
+    snapshots: IntGauge,
+    snapshot_bytes: IntGauge,
+    snapshot_requests: IntCounterVec,
+    snapshot_transfer_bytes: IntCounterVec,
 }
 
 shared_methods!(ShardMetrics, Flow::Down, Flow::Up);
@@ -92,6 +96,18 @@ impl ShardMetrics {
                 ),
                 &["rank"],
             )),
+            snapshots: r.count("arc_snapshots", "Snapshots of which this shard holds pieces"),
+            snapshot_bytes: r.count("arc_snapshot_bytes", "Bytes of snapshots that this shard holds"),
+            snapshot_requests: r.counters(
+                "arc_snapshot_requests_total",
+                "Requests to the snapshot store, by kind and outcome",
+                &["request", "outcome"],
+            ),
+            snapshot_transfer_bytes: r.counters(
+                "arc_snapshot_transfer_bytes_total",
+                "Bytes of snapshots that came (up) and went (down)",
+                &["direction"],
+            ),
             registry: r.0,
         };
         RoundOutcome::ALL
@@ -109,8 +125,22 @@ impl ShardMetrics {
                 metrics
                     .dense_equivalent_bytes
                     .with_label_values(&[flow.label()]),
-            )
+            );
+            drop(
+                metrics
+                    .snapshot_transfer_bytes
+                    .with_label_values(&[flow.label()]),
+            );
         });
+        for request in StoreRequestKind::ALL {
+            for outcome in StoreOutcome::ALL {
+                drop(
+                    metrics
+                        .snapshot_requests
+                        .with_label_values(&[request.label(), outcome.label()]),
+                );
+            }
+        }
         metrics
     }
 
@@ -178,5 +208,26 @@ impl ShardMetrics {
         self.straggler_wait_seconds
             .with_label_values(&[&peer_label(rank)])
             .inc_by(seconds.max(0.0));
+    }
+
+    /// Snapshots held now, and their bytes.
+    pub fn set_snapshots(&self, snapshots: usize, bytes: u64) {
+        self.snapshots.set(snapshots as i64);
+        self.snapshot_bytes
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// A request to the snapshot store ended.
+    pub fn store_request(&self, request: StoreRequestKind, outcome: StoreOutcome) {
+        self.snapshot_requests
+            .with_label_values(&[request.label(), outcome.label()])
+            .inc();
+    }
+
+    /// Bytes of snapshots came or went.
+    pub fn add_store_bytes(&self, flow: Flow, bytes: u64) {
+        self.snapshot_transfer_bytes
+            .with_label_values(&[flow.label()])
+            .inc_by(bytes);
     }
 }

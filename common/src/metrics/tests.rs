@@ -4,9 +4,10 @@ use super::*;
 use prometheus::proto::MetricType;
 
 /// Gauges that count or measure something without a unit.
-const UNITLESS: [&str; 10] = [
+const UNITLESS: [&str; 11] = [
     "arc_build_info",
     "arc_members",
+    "arc_snapshots",
     "arc_world_size",
     "arc_epoch",
     "arc_open_rounds",

@@ -27,14 +27,15 @@ mod tls;
 
 pub use config::TransportConfig;
 pub use endpoint::{
-    ConnectionSummary, LEAVE_CODE, Listener, REDIAL_CODE, admit, client_endpoint, connect,
-    connect_resolved, resolve, server_endpoint, split_host, summary,
+    ConnectionSummary, LEAVE_CODE, Listener, REDIAL_CODE, Service, admit, client_endpoint, connect,
+    connect_resolved, connect_service, resolve, server_endpoint, split_host, summary,
 };
 pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;
 pub use source::{IdentitySource, Look};
 pub use stream::{
-    ControlReceiver, ControlSender, ControlStream, LongMessages, read_frame, write_frame,
+    ControlReceiver, ControlSender, ControlStream, LongMessages, read_error, read_frame,
+    read_message, write_error, write_frame, write_message,
 };
 
-pub use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};
+pub use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, VarInt, WriteError};

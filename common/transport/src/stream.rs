@@ -91,13 +91,7 @@ impl ControlSender {
     /// # Errors
     /// The stream or connection has ended.
     pub async fn send(&mut self, message: &Control) -> Result<(), TransportError> {
-        let body = message.encode();
-        let mut bytes = BytesMut::with_capacity(CONTROL_LENGTH_BYTES + body.len());
-        let length = u32::try_from(body.len()).expect("control messages are below 16 MiB");
-        bytes.put_u32_le(length);
-        bytes.put_slice(&body);
-        let sent = self.stream.write_chunk(bytes.freeze()).await;
-        sent.map_err(|e| write_error(&self.peer, &e))
+        write_message(&mut self.stream, &message.encode(), &self.peer).await
     }
 
     /// Says that nothing more follows, and waits until the peer has received everything.
@@ -193,6 +187,46 @@ impl LongMessages {
         // It is never closed.
         self.0.acquire_many(bytes).await.ok()
     }
+}
+
+/// Sends one message with its length (u32) in front.
+///
+/// # Errors
+/// The stream or connection has ended.
+///
+/// # Panics
+/// If the message has 4 GiB or more: messages are made by this program, which bounds them.
+pub async fn write_message(
+    stream: &mut SendStream,
+    message: &[u8],
+    peer: &str,
+) -> Result<(), TransportError> {
+    let mut bytes = BytesMut::with_capacity(CONTROL_LENGTH_BYTES + message.len());
+    bytes.put_u32_le(u32::try_from(message.len()).expect("messages are below 4 GiB"));
+    bytes.put_slice(message);
+    let sent = stream.write_chunk(bytes.freeze()).await;
+    sent.map_err(|e| write_error(peer, &e))
+}
+
+/// Reads one message that has its length in front; `None` if the peer finished the stream before it. Not cancel-safe.
+/// At most 64 KiB are allocated on the strength of the length alone.
+///
+/// # Errors
+/// A message above `limit` bytes (nothing of it is read then); the stream or connection has ended inside it.
+pub async fn read_message(
+    stream: &mut RecvStream,
+    limit: usize,
+    what: &'static str,
+    peer: &str,
+) -> Result<Option<Bytes>, TransportError> {
+    let mut length = [0; CONTROL_LENGTH_BYTES];
+    if !read_start(stream, &mut length, what, peer).await? {
+        return Ok(None);
+    }
+    let claimed = u32::from_le_bytes(length) as usize;
+    read_body(stream, claimed, limit, what, peer)
+        .await
+        .map(Some)
 }
 
 /// Reads one round frame; `None` if the peer finished the stream before it. Not cancel-safe.
@@ -298,7 +332,9 @@ fn io_error(peer: &str, error: std::io::Error) -> TransportError {
     }
 }
 
-fn read_error(peer: &str, error: &ReadError) -> TransportError {
+/// Says why bytes from `peer` (a name for people) cannot be read.
+#[must_use]
+pub fn read_error(peer: &str, error: &ReadError) -> TransportError {
     match error {
         ReadError::Reset(code) => TransportError::StreamReset {
             code: code.into_inner(),
@@ -313,7 +349,9 @@ fn read_error(peer: &str, error: &ReadError) -> TransportError {
     }
 }
 
-fn write_error(peer: &str, error: &WriteError) -> TransportError {
+/// Says why `peer` (a name for people) takes no bytes.
+#[must_use]
+pub fn write_error(peer: &str, error: &WriteError) -> TransportError {
     match error {
         WriteError::Stopped(code) => TransportError::StreamReset {
             code: code.into_inner(),

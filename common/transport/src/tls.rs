@@ -1,9 +1,9 @@
 //! TLS 1.3 with certificates on both sides.
 
 use crate::certs::Role;
+use crate::endpoint::Service;
 use crate::error::TransportError;
 use crate::identity::Identity;
-use arc_topk_common::wire::ALPN;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::RootCertStore;
 use rustls::client::verify_server_cert_signed_by_trust_anchor;
@@ -69,21 +69,24 @@ pub(crate) fn server(identity: &Identity) -> Result<Arc<QuicServerConfig>, Trans
         .with_client_cert_verifier(client_verifier(identity)?)
         .with_single_cert(identity.chain().to_vec(), identity.key())
         .map_err(|e| identity.mismatch(&e))?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
+    tls.alpn_protocols = Service::ALL.map(|service| service.alpn().to_vec()).into();
     // A worker connects once per job: tickets would only cost bytes.
     tls.send_tls13_tickets = 0;
     let quic = QuicServerConfig::try_from(tls).expect("ring provides QUIC's initial cipher suite");
     Ok(Arc::new(quic))
 }
 
-pub(crate) fn client(identity: &Identity) -> Result<Arc<QuicClientConfig>, TransportError> {
+pub(crate) fn client(
+    identity: &Identity,
+    service: Service,
+) -> Result<Arc<QuicClientConfig>, TransportError> {
     let mut tls = rustls::ClientConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("ring provides TLS 1.3")
         .with_root_certificates(roots(identity)?)
         .with_client_auth_cert(identity.chain().to_vec(), identity.key())
         .map_err(|e| identity.mismatch(&e))?;
-    tls.alpn_protocols = vec![ALPN.to_vec()];
+    tls.alpn_protocols = vec![service.alpn().to_vec()];
     tls.resumption = rustls::client::Resumption::disabled();
     let quic = QuicClientConfig::try_from(tls).expect("ring provides QUIC's initial cipher suite");
     Ok(Arc::new(quic))

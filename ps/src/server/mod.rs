@@ -21,8 +21,13 @@ mod observe;
 mod owner;
 mod renewal;
 mod session;
+mod store;
+
+pub use store::{SnapshotStatus, StoreStatus};
 
 use crate::shard::{Event, SessionId, Shard, ShardConfig, Status};
+use crate::store::StoreOptions;
+use crate::store::disk::DiskError;
 use admin::{Admin, AdminBindError, Answer, SHARD_PAGE};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::ShardMetrics;
@@ -38,6 +43,7 @@ use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
 use renewal::Renewal;
+use serde::Serialize;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
@@ -95,6 +101,8 @@ pub struct ServeOptions {
     pub timeouts: Timeouts,
     /// Every frame waits a random time up to this before it is handled. Zero but in tests.
     pub chaos_delay: Duration,
+    /// Where snapshots go, and how many.
+    pub store: StoreOptions,
 }
 
 /// Why a server cannot start. Every text names cause and remedy.
@@ -106,6 +114,9 @@ pub enum ServeError {
     /// The HTTP side.
     #[error(transparent)]
     Admin(#[from] AdminBindError),
+    /// The directory of snapshots.
+    #[error(transparent)]
+    Store(#[from] DiskError),
     /// The system gives no thread, or does not tell an address.
     #[error(
         "the operating system refused {what}: {source}; look at the limits of this user (ulimit -a)"
@@ -142,9 +153,16 @@ pub(crate) struct Hub {
     timeouts: Timeouts,
     chaos_delay: Duration,
     metrics: ShardMetrics,
+    store: Arc<store::Store>,
 }
 
 impl Hub {
+    /// Gauges of the store.
+    fn observe_store(&self) {
+        let (snapshots, bytes) = self.store.load();
+        self.metrics.set_snapshots(snapshots, bytes);
+    }
+
     /// Hands an event to the machine; waits while its queue is full.
     async fn event(&self, event: Event) {
         // The owner ends only with the process: then nobody needs the event.
@@ -157,6 +175,14 @@ impl Hub {
         self.commands.send(Command::Status(reply)).await.ok()?;
         status.await.ok().map(|status| *status)
     }
+}
+
+/// What `/status` says.
+#[derive(Serialize)]
+struct Shown {
+    #[serde(flatten)]
+    status: Status,
+    store: StoreStatus,
 }
 
 impl Admin for Hub {
@@ -179,9 +205,12 @@ impl Admin for Hub {
 
     fn status(&self) -> Answer<'_, String> {
         Box::pin(async {
-            let status = Hub::status(self).await;
-            status
-                .and_then(|status| serde_json::to_string(&status).ok())
+            let shown = Hub::status(self).await.map(|status| Shown {
+                status,
+                store: self.store.status(),
+            });
+            shown
+                .and_then(|shown| serde_json::to_string(&shown).ok())
                 .unwrap_or_else(|| "null".to_owned())
         })
     }
@@ -210,6 +239,7 @@ impl Server {
     /// An address that is in use or not of this machine, certificates that do not fit.
     pub async fn start(options: ServeOptions) -> Result<Self, ServeError> {
         let system = |what| move |source| ServeError::System { what, source };
+        let store = Arc::new(store::Store::open(options.store)?);
         let identity = options.identity.current();
         let bound = Listener::bind(options.listen, &identity, &options.transport)?;
         let endpoint = bound.endpoint().clone();
@@ -247,6 +277,7 @@ impl Server {
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
             metrics: ShardMetrics::new(),
+            store,
         });
         let shard = ShardConfig {
             incarnation: incarnation(),
@@ -271,6 +302,12 @@ impl Server {
             hurry: hurry.clone(),
         };
         let renewal = tokio::spawn(renewal.run(identity, stopped));
+        let reading = hub.clone();
+        // Training need not wait for gigabytes to be read; the store's requests do.
+        tokio::task::spawn_blocking(move || {
+            reading.store.restore();
+            reading.observe_store();
+        });
         Ok(Self {
             hub,
             endpoint,
@@ -297,6 +334,12 @@ impl Server {
     /// The machine's status; `None` after it ended.
     pub async fn status(&self) -> Option<Status> {
         self.hub.status().await
+    }
+
+    /// What the snapshot store holds.
+    #[must_use]
+    pub fn store_status(&self) -> StoreStatus {
+        self.hub.store.status()
     }
 
     /// Metrics in Prometheus' text format.
@@ -333,6 +376,7 @@ impl Server {
         let _nobody = self.stop.send(true);
         self.endpoint.close(VarInt::from_u32(0), reason.as_bytes());
         let _slow = tokio::time::timeout(Duration::from_secs(1), self.endpoint.wait_idle()).await;
+        self.hub.store.release();
     }
 }
 

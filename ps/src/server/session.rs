@@ -2,13 +2,13 @@
 
 use super::control::{self, SessionHandle, turn_away};
 use super::frames::{self, FrameFault};
-use super::{Hub, observe};
+use super::{Hub, observe, store};
 use crate::shard::{Event, SessionId};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::Flow;
 use arc_topk_common::wire::{Control, FrameHeader, Hello};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream,
+    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream, Service,
     TransportError, connection_error, write_frame,
 };
 use bytes::Bytes;
@@ -61,7 +61,10 @@ pub(super) async fn accept(hub: Arc<Hub>, endpoint: Endpoint) {
             let _held_to_the_end = place;
             let peer = incoming.remote_address().to_string();
             match incoming.await {
-                Ok(connection) => serve(hub, connection, &peer).await,
+                Ok(connection) => match Service::of(&connection) {
+                    Some(Service::Store) => store::serve(hub, connection, &peer).await,
+                    Some(Service::Training) | None => serve(hub, connection, &peer).await,
+                },
                 Err(error) => {
                     hub.metrics.handshake_failed();
                     let error = connection_error(&peer, &error);
