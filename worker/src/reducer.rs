@@ -183,9 +183,14 @@ pub trait Reducer: Send {
     }
 
     /// Whether shard 0 has asked this worker to upload its replica for one that joins. Ask between steps, after the
-    /// results were applied; stays true until [`Reducer::donated`].
+    /// results were applied; stays true until [`Reducer::donating`].
     fn donation_due(&self) -> bool {
         false
+    }
+
+    /// A copy of the replica before `step` is made and is being uploaded.
+    fn donating(&mut self, step: Step) {
+        let _ = step;
     }
 
     /// The replica that was asked for is in the shards' store: the state before `step`.

@@ -52,8 +52,7 @@ pub use selection::{append_selection, decode_selection, encode_selection, select
 pub use store::{
     HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, MAX_PARTS, MAX_PIECE_BYTES,
     MAX_PIECES, MAX_STORE_MESSAGE_BYTES, Manifest, Owner, PART_HEADER_BYTES, PartInfo, PieceMeta,
-    STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode, StoreRequest, StoreResponse,
-    piece_range,
+    STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode, StoreRequest, StoreResponse, piece_range,
 };
 
 use crate::ids::{BucketId, Epoch, Rank, RunId, Step};
@@ -311,6 +310,11 @@ pub enum Control {
     },
     /// Shard 0 → worker: put a snapshot of the replica into the store at the next step's end, for one that joins.
     Donate,
+    /// Worker → shards: the snapshot is on its way to the store. Somebody will replay the rounds from its step on.
+    Donating {
+        /// Its step.
+        step: Step,
+    },
     /// Worker → shard 0: the snapshot is in the store.
     Donated {
         /// Its step.

@@ -291,8 +291,11 @@ impl Shard {
         self.tell_members(&format!("rank {rank} ({}) joins", applicant.host), out);
     }
 
-    pub(super) fn pin(&mut self, now: Duration, run: RunId, step: Step) {
-        if let Some(job) = self.job.as_mut().filter(|job| job.run == run) {
+    /// Somebody is going to replay the rounds from `step` on.
+    pub(super) fn donating(&mut self, now: Duration, session: SessionId, step: Step) {
+        if let Some(job) = &mut self.job
+            && job.members.rank(session).is_some()
+        {
             job.rounds.pin(now, step);
         }
     }
@@ -312,8 +315,12 @@ impl Shard {
             return;
         };
         if let Some(member) = job.members.get_mut(rank) {
+            let cut_off = member.waited == Waited::CutOff;
             member.waited = Waited::From(step);
             member.step = member.step.max(step.min(super::LAST_START_STEP));
+            if cut_off {
+                job.members.one_is_back(now);
+            }
         }
         self.advance_all(now, out);
     }

@@ -144,6 +144,10 @@ impl Reducer for MeteredReducer {
         self.inner.donation_due()
     }
 
+    fn donating(&mut self, step: Step) {
+        self.inner.donating(step);
+    }
+
     fn donated(&mut self, step: Step) {
         self.inner.donated(step);
     }

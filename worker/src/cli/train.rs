@@ -21,7 +21,8 @@ use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::metrics::{SnapshotEnd, WorkerMetrics};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::RefusalCode;
-use arc_topk_transport::Identity;
+use arc_topk_transport::IdentitySource;
+use arc_topk_transport::certs::Role;
 use clap::Args;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -141,7 +142,7 @@ impl TrainCommand {
         metrics: &Arc<WorkerMetrics>,
     ) -> Result<RunSummary, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
-        let identity = Identity::load_files(&ca, &cert, &key)?;
+        let identity = IdentitySource::files(&ca, &cert, &key, Role::Worker)?;
         let store = StoreConfig::new(&self.peers.shard_addresses, identity.clone());
         let store: Arc<dyn SnapshotStore> = Arc::new(StoreClient::new(store)?);
         let mut config = TrainConfig {
@@ -208,7 +209,7 @@ impl TrainCommand {
         Ok(summary)
     }
 
-    fn net_config(&self, identity: Identity, metrics: &Arc<WorkerMetrics>) -> NetConfig {
+    fn net_config(&self, identity: IdentitySource, metrics: &Arc<WorkerMetrics>) -> NetConfig {
         let metrics = Arc::clone(metrics);
         NetConfig {
             rank: self.peers.rank.map(Rank),

@@ -24,6 +24,10 @@ impl Member {
     ///
     /// A worker that joined and has caught up tells the shards here that they may wait for it.
     pub fn begin(&mut self, out: &mut Vec<Output>) -> bool {
+        if self.failed {
+            self.machine.begin();
+            return false;
+        }
         let behind = self.machine.behind(self.waited);
         if let Some(job) = behind {
             let step = self.machine.step();
@@ -32,9 +36,7 @@ impl Member {
         } else {
             self.machine.begin();
             self.waited = true;
-            if !self.failed {
-                self.tell_readiness(out);
-            }
+            self.tell_readiness(out);
         }
         self.send_frames(out);
         behind.is_some()
@@ -107,9 +109,14 @@ impl Member {
         self.donation_due
     }
 
-    /// The copy is made and is on its way to the store.
-    pub fn donation_taken(&mut self) {
+    /// The copy is made and is on its way to the store: shards keep the answers from its step on.
+    pub fn donation_taken(&mut self, step: Step, out: &mut Vec<Output>) {
         self.donation_due = false;
+        if !self.failed {
+            for shard in (0..self.machine.plan().spec.shards).map(ShardId) {
+                self.send(shard, Control::Donating { step }, out);
+            }
+        }
     }
 
     /// The snapshot of this step is in the store.

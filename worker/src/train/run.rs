@@ -284,6 +284,7 @@ impl<'a> Run<'a> {
         if reducer.donation_due() && !uploads.donates() {
             let replica = self.replica(reducer.export_shared())?;
             let step = Step(replica.step);
+            reducer.donating(step);
             uploads.donate(SnapshotId { step, run }, replica);
         }
         if due && uploads.is_free(observer) {

@@ -478,12 +478,6 @@ impl Opened {
     }
 }
 
-/// A worker begins to store a replica: the owner's machine may pin the run and step, so that a joiner can be sent there.
-/// Today nothing is pinned.
-fn store_pins(_hub: &super::Hub, run: arc_topk_common::ids::RunId, step: arc_topk_common::ids::Step) {
-    tracing::debug!(%run, %step, "a replica is being stored");
-}
-
 /// Runs `work` where it may block.
 async fn blocking<T: Send + 'static>(
     work: impl FnOnce() -> Result<T, StoreFault> + Send + 'static,

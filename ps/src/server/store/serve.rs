@@ -1,11 +1,11 @@
 //! Connections of the store: one request on each stream.
 
-use super::{BLOCK_BYTES, Incoming, Opened, Sink, Store, StoreFault, blocking, store_pins};
+use super::{BLOCK_BYTES, Incoming, Opened, Sink, Store, StoreFault, blocking};
 use crate::server::Hub;
 use crate::server::frames::while_moving;
 use arc_topk_common::metrics::{Flow, StoreOutcome, StoreRequestKind};
 use arc_topk_common::wire::{
-    MAX_STORE_MESSAGE_BYTES, Manifest, Owner, PieceMeta, SnapshotId, StoreCode, StoreRequest,
+    MAX_STORE_MESSAGE_BYTES, Manifest, PieceMeta, SnapshotId, StoreCode, StoreRequest,
     StoreResponse,
 };
 use arc_topk_transport::{
@@ -164,9 +164,6 @@ impl Request {
     async fn put(&mut self, meta: PieceMeta) -> Result<Option<StoreResponse>, StoreFault> {
         let store = Arc::clone(&self.hub.store);
         let (incoming, removals) = store.begin(&meta)?;
-        if meta.owner == Owner::Replica {
-            store_pins(&self.hub, meta.snapshot.run, meta.snapshot.step);
-        }
         let mut sink = blocking({
             let store = Arc::clone(&store);
             move || {
