@@ -220,7 +220,7 @@ async fn round_stream(session: RoundSession, mut send: SendStream, mut recv: Rec
         observe::header(hub, Flow::Up);
         wait_at_random(hub.chaos_delay).await;
         if header.flags.held {
-            return held(&hub, id, send, registration.is_none(), (header, body)).await;
+            return held(hub, id, send, registration.is_none(), (header, body)).await;
         }
         let key = (id, header.step, header.bucket);
         match &registration {
