@@ -6,8 +6,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION,
-    RefusalCode, Welcome,
+    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    PROTOCOL_VERSION, RefusalCode, Welcome,
 };
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Stage};
@@ -40,13 +40,7 @@ fn options(identity: Identity, world: u16) -> ServeOptions {
         admin: Some(any),
         identity,
         transport: TransportConfig::default(),
-        shard: ShardConfig {
-            shard: ShardId(0),
-            shards: 1,
-            job: "job".to_owned(),
-            world,
-            min_workers: 1,
-        },
+        shard: ShardConfig::new("job", ShardId(0), 1, world),
         chaos_delay: Duration::ZERO,
         timeouts: Timeouts::default(),
     }
@@ -86,12 +80,19 @@ fn hello() -> Hello {
         protocol: PROTOCOL_VERSION,
         job: "job".to_owned(),
         incarnation: [7; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
         shard: 0,
         host: "test".to_owned(),
+        intent: join(None),
         plan: spec(),
+    }
+}
+
+fn join(rank: Option<Rank>) -> Intent {
+    Intent::Join {
+        rank,
+        world: None,
+        start_step: Step(0),
+        elastic: false,
     }
 }
 
@@ -99,7 +100,7 @@ struct Worker {
     connection: Connection,
     control: ControlStream,
     /// Once welcomed.
-    rank: Option<Rank>,
+    welcome: Option<Welcome>,
 }
 
 impl Worker {
@@ -116,8 +117,12 @@ impl Worker {
         Self {
             connection,
             control,
-            rank: None,
+            welcome: None,
         }
+    }
+
+    fn rank(&self) -> Rank {
+        self.welcome.as_ref().unwrap().place.rank
     }
 
     async fn message(&mut self) -> Control {
@@ -140,7 +145,9 @@ impl Worker {
     async fn welcome(&mut self) -> Rank {
         loop {
             match self.message().await {
-                Control::Welcome(welcome) => return *self.rank.insert(welcome.rank),
+                Control::Welcome(welcome) => {
+                    return self.welcome.insert(welcome).place.rank;
+                }
                 Control::Waiting { .. } => {}
                 other => panic!("{other:?}"),
             }
@@ -166,6 +173,8 @@ fn header(step: u64, bytes: usize) -> FrameHeader {
         step: Step(step),
         update: step,
         body_bytes: bytes as u32,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 
@@ -262,12 +271,7 @@ async fn headers_and_control_messages_are_counted() {
         joined: 1,
         world: 2,
     };
-    let welcome = Control::Welcome(Welcome {
-        epoch: Epoch(1),
-        rank: Rank(0),
-        world: 2,
-        start_step: Step(0),
-    });
+    let welcome = Control::Welcome(workers[0].welcome.clone().unwrap());
     let down = framed(&[waiting, welcome.clone(), welcome]) + 2 * HEADER_BYTES;
     for (direction, bytes) in [("up", up), ("down", down)] {
         let name = "arc_communication_bytes_total";
@@ -292,7 +296,8 @@ async fn workers_get_the_mean_and_the_pages_show_it() {
         for (_, recv) in &mut streams {
             let (header, body) = answer(recv).await;
             assert!(header.flags.counted && header.kind == FrameKind::DenseMean);
-            assert!(body.chunks(4).all(|value| value == 2f32.to_le_bytes()));
+            let values = &body[..header.payload_bytes()];
+            assert!(values.chunks(4).all(|value| value == 2f32.to_le_bytes()));
         }
     }
     let admin = server.admin_address().unwrap();
@@ -322,7 +327,7 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
     let (server, _, mut workers) = running(dir.path(), 2).await;
     let (_send, mut recv) = workers[0].send_dense(0, 5.0).await;
     // Ranks are given in order of arrival, which need not be that of the connections.
-    let stays = workers[0].rank.unwrap();
+    let stays = workers[0].rank();
     workers.pop().unwrap().connection.close(0u32.into(), b"");
     let (header, _) = answer(&mut recv).await;
     assert!(header.flags.counted);
@@ -390,7 +395,7 @@ async fn a_second_worker_with_a_taken_rank_is_refused_and_the_first_goes_on() {
     let (shard, identity) = certs(dir.path());
     let server = Server::start(options(shard, 2)).await.unwrap();
     let ranked = Hello {
-        rank: Some(Rank(0)),
+        intent: join(Some(Rank(0))),
         ..hello()
     };
     let mut first = Worker::hello(&server, &identity, ranked.clone()).await;
@@ -474,7 +479,7 @@ async fn a_frame_longer_than_the_plan_allows() {
     });
     let detail = detail.await;
     assert!(
-        detail.starts_with("a frame announces 1048576 bytes, above the limit of 64"),
+        detail.starts_with("a frame announces 1048576 bytes, above the limit of "),
         "{detail}"
     );
 }
@@ -566,7 +571,7 @@ async fn a_first_message_that_is_no_hello_is_refused_with_a_reason() {
     let mut worker = Worker {
         connection,
         control,
-        rank: None,
+        welcome: None,
     };
     let (code, detail) = worker.refusal().await;
     assert_eq!(code, RefusalCode::Protocol);

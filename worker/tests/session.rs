@@ -205,7 +205,7 @@ fn a_lost_worker_is_told_and_the_others_go_on() {
         outcome.unwrap();
     }
     let members = [Rank(0), Rank(1)];
-    let told = |w: &QuicReducer| w.members().as_deref() == Some(&members);
+    let told = |w: &QuicReducer| w.members() == members;
     for _ in 0..12_000 {
         if workers.iter().all(told) {
             break;
@@ -224,10 +224,12 @@ fn a_lost_worker_is_told_and_the_others_go_on() {
 }
 
 #[test]
-fn a_shard_that_shuts_down_ends_the_step_with_its_reason() {
+fn a_shard_that_shuts_down_for_good_ends_the_step_with_its_reason() {
     let mut job = Job::start(2, 2);
     let spec = arc_spec(2);
-    let mut workers = job.join(&spec);
+    let mut config = job.config();
+    config.reconnect_timeout = Duration::from_millis(500);
+    let mut workers = job.join_as(&config, &spec);
     let mut waiting = workers.remove(0);
     let own = gradients(&spec, 2, 0).remove(0);
     // The other worker never pushes: this one waits.
@@ -241,13 +243,9 @@ fn a_shard_that_shuts_down_ends_the_step_with_its_reason() {
     let (mut waiting, result) = thread.join().unwrap();
     let error = result.unwrap_err();
     match &error {
-        ReduceError::Refused {
-            shard: 1,
-            code,
-            detail,
-        } => {
-            assert_eq!(code, "Shutdown");
+        ReduceError::Disconnected { shard: 1, detail } => {
             assert!(detail.contains("maintenance"), "{detail}");
+            assert!(detail.contains("dialled for 0.5 s"), "{detail}");
         }
         other => panic!("{other:?}"),
     }
