@@ -4,7 +4,7 @@
 //! that was lost is sent again after all data of higher ones, and on a slow link that takes longer than any patience.
 
 use arc_topk_common::wire::{FrameHeader, HEADER_BYTES, WireError};
-use arc_topk_transport::RecvStream;
+use arc_topk_transport::{ReadExactError, RecvStream};
 use bytes::{Bytes, BytesMut};
 use core::time::Duration;
 use tokio::time::timeout;
@@ -48,6 +48,9 @@ pub(super) enum FrameFault {
     /// The connection or stream is gone; the session's end says why.
     #[error("the worker gave up the stream of a round ({0})")]
     Gone(String),
+    /// Between two frames.
+    #[error("the worker finished a stream on which a frame was due")]
+    Finished,
     #[error(
         "a stream was opened and no frame came on it within {:.1} s: a worker opens a stream when it has something to send; run the same release everywhere", .0.as_secs_f64()
     )]
@@ -85,7 +88,10 @@ pub(super) async fn read(
         }
         None => reading.await,
     };
-    read.map_err(|error| FrameFault::Gone(error.to_string()))?;
+    read.map_err(|error| match error {
+        ReadExactError::FinishedEarly(0) => FrameFault::Finished,
+        error => FrameFault::Gone(error.to_string()),
+    })?;
     let header = FrameHeader::decode(&bytes)?;
     let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
     Ok((header, body))

@@ -205,8 +205,8 @@ async fn round_stream(
         };
         observe::header(&hub, Flow::Up);
         wait_at_random(hub.chaos_delay).await;
-        if header.flags.held {
-            return held(&hub, id, send, registration.is_none(), (header, body)).await;
+        if header.flags.held && registration.is_none() {
+            return held(&hub, id, &connection, (send, recv), (header, body)).await;
         }
         let key = (id, header.step, header.bucket);
         match &registration {
@@ -214,7 +214,7 @@ async fn round_stream(
                 hub.streams.insert(key, answer.clone());
                 registration = Some(Registration { hub: &hub, key });
             }
-            Some(registration) if registration.key != key => {
+            Some(registration) if registration.key != key || header.flags.held => {
                 let detail = "a stream carries one round, but frames of two came on it; run the same release everywhere";
                 return hub.event(violation(id, detail.to_owned())).await;
             }
@@ -241,27 +241,43 @@ async fn round_stream(
     }
 }
 
-/// An answer that the worker holds, told to a shard that has forgotten it. None comes back.
+/// Answers that the worker holds, told to a shard that has forgotten them. Nothing comes back.
 async fn held(
     hub: &Hub,
     id: SessionId,
-    mut send: SendStream,
-    alone: bool,
-    (header, body): (FrameHeader, Bytes),
+    connection: &Connection,
+    (mut send, mut recv): (SendStream, RecvStream),
+    first: (FrameHeader, Bytes),
 ) {
-    if !alone {
-        let detail = "a held answer came on the stream of a round; run the same release everywhere";
-        return hub.event(violation(id, detail.to_owned())).await;
-    }
     // Already finished means that the peer stopped it.
     let _stopped = send.finish();
-    let session = id;
-    hub.event(Event::Round {
-        session,
-        header,
-        body,
-    })
-    .await;
+    let mut next = Some(first);
+    while let Some((header, body)) = next {
+        if !header.flags.held {
+            let detail = "the stream of held answers brought another frame; run the same release everywhere";
+            return hub.event(violation(id, detail.to_owned())).await;
+        }
+        let round = Event::Round {
+            session: id,
+            header,
+            body,
+        };
+        hub.event(round).await;
+        let limit = hub.body_limit.load(Ordering::Relaxed);
+        let patience = frames::Patience {
+            progress: || connection.stats().frame_rx.stream,
+            header: Some(hub.timeouts.header),
+            body: hub.timeouts.body,
+        };
+        next = match frames::read(&mut recv, limit, patience).await {
+            Ok(frame) => Some(frame),
+            Err(FrameFault::Finished) => None,
+            Err(fault) => return faulty(hub, id, &fault).await,
+        };
+        if next.is_some() {
+            observe::header(hub, Flow::Up);
+        }
+    }
 }
 
 /// Shuffles the order in which frames of different streams are handled.

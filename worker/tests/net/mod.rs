@@ -6,6 +6,8 @@
     reason = "tests; each file uses its part"
 )]
 
+pub mod proxy;
+
 use super::support::{Got, Gradients};
 use arc_topk_common::ids::{ShardId, TensorId};
 use arc_topk_common::plan::PlanSpec;
