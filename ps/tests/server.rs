@@ -6,8 +6,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
-    PROTOCOL_VERSION, RefusalCode, Welcome,
+    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent, PROTOCOL_VERSION,
+    RefusalCode, Welcome,
 };
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Stage};
@@ -336,6 +336,41 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
     };
     assert_eq!(epoch, Epoch(2));
     assert_eq!(members, [stays]);
+    server.shutdown("test").await;
+}
+
+/// It closes with the code that says so, or is silent; either way the other one's round waits for it a moment.
+#[tokio::test]
+async fn a_worker_that_dials_again_has_its_place_and_its_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, identity, mut workers) = running(dir.path(), 2).await;
+    let _lost_with_its_connection = workers[0].send_dense(0, 1.0).await;
+    shows(&server, "arc_open_rounds 1").await;
+    let place = workers[0].welcome.clone().unwrap().place;
+    let again = Hello {
+        intent: Intent::Member {
+            place: place.clone(),
+            step: Step(0),
+            waited: true,
+        },
+        ..hello()
+    };
+    // The new connection may come before the old one's end is known.
+    let mut back = Worker::hello(&server, &identity, again).await;
+    assert_eq!(back.welcome().await, place.rank);
+    let code = arc_topk_transport::REDIAL_CODE;
+    workers[0].connection.close(code.into(), b"dialling again");
+    let mut streams = [
+        back.send_dense(0, 1.0).await,
+        workers[1].send_dense(0, 3.0).await,
+    ];
+    for (_, recv) in &mut streams {
+        let (header, body) = answer(recv).await;
+        assert!(header.flags.counted);
+        let values = &body[..header.payload_bytes()];
+        assert!(values.chunks(4).all(|value| value == 2f32.to_le_bytes()));
+    }
+    assert_eq!(server.status().await.unwrap().totals.lost, 0);
     server.shutdown("test").await;
 }
 

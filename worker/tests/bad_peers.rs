@@ -8,8 +8,8 @@ use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, Step};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::{
-    ALPN, Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent, PROTOCOL_VERSION,
-    RefusalCode,
+    ALPN, Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    PROTOCOL_VERSION, RefusalCode,
 };
 use arc_topk_ps::server::{ServeError, Server};
 use arc_topk_ps::shard::Stage;

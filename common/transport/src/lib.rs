@@ -32,4 +32,4 @@ pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;
 pub use stream::{ControlReceiver, ControlSender, ControlStream, read_frame, write_frame};
 
-pub use quinn::{Connection, Endpoint, ReadExactError, RecvStream, SendStream, VarInt};
+pub use quinn::{Connection, Endpoint, ReadError, ReadExactError, RecvStream, SendStream, VarInt};

@@ -4,7 +4,7 @@
 //! that was lost is sent again after all data of higher ones, and on a slow link that takes longer than any patience.
 
 use arc_topk_common::wire::{FrameHeader, HEADER_BYTES, WireError};
-use arc_topk_transport::{ReadExactError, RecvStream};
+use arc_topk_transport::{ReadError, ReadExactError, RecvStream};
 use bytes::{Bytes, BytesMut};
 use core::time::Duration;
 use tokio::time::timeout;
@@ -93,14 +93,34 @@ pub(super) async fn read(
         error => FrameFault::Gone(error.to_string()),
     })?;
     let header = FrameHeader::decode(&bytes)?;
-    let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
+    // More frames may follow at once on the stream of held answers alone.
+    let alone = !header.flags.held;
+    let body = read_body(stream, header.body_bytes as usize, limit, alone, &patience).await?;
     Ok((header, body))
+}
+
+/// What the stream has, in up to [`PIECES`]; of one that goes on after the body not more than what is `missing`.
+async fn read_pieces(
+    stream: &mut RecvStream,
+    pieces: &mut [Bytes; PIECES],
+    missing: usize,
+    alone: bool,
+) -> Result<Option<usize>, ReadError> {
+    if alone {
+        return stream.read_chunks(pieces).await;
+    }
+    let chunk = stream.read_chunk(missing, true).await?;
+    Ok(chunk.map(|chunk| {
+        pieces[0] = chunk.bytes;
+        1
+    }))
 }
 
 async fn read_body(
     stream: &mut RecvStream,
     expected: usize,
     limit: usize,
+    alone: bool,
     patience: &Patience<impl Fn() -> u64>,
 ) -> Result<Bytes, FrameFault> {
     if expected > limit {
@@ -120,7 +140,7 @@ async fn read_body(
             got,
             expected,
         };
-        let reading = stream.read_chunks(&mut pieces);
+        let reading = read_pieces(stream, &mut pieces, expected - got, alone);
         let read = while_moving(patience.body, &patience.progress, &mut seen, reading)
             .await
             .ok_or(stuck)?;

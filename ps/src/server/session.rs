@@ -254,7 +254,8 @@ async fn held(
     let mut next = Some(first);
     while let Some((header, body)) = next {
         if !header.flags.held {
-            let detail = "the stream of held answers brought another frame; run the same release everywhere";
+            let detail =
+                "the stream of held answers brought another frame; run the same release everywhere";
             return hub.event(violation(id, detail.to_owned())).await;
         }
         let round = Event::Round {

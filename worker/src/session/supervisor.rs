@@ -180,7 +180,8 @@ impl Supervisor {
                 .await
             {
                 Ok(dialled) => return Ok(dialled),
-                Err(ConnectError::Refused { code, detail, .. }) => match End::refused(code, detail) {
+                Err(ConnectError::Refused { code, detail, .. }) => match End::refused(code, detail)
+                {
                     End::Lost(detail) => cause = detail,
                     refused => return Err(refused),
                 },
