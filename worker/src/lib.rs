@@ -11,6 +11,7 @@
 //! | [`step`] | one training step as a machine without sockets |
 //! | [`reducer`] | what a trainer sees |
 //! | [`session`] | a reducer over QUIC |
+//! | [`store`] | the shards' snapshot store |
 //! | `train` | the built-in trainer (feature `train`): models, data, loop, checkpoints |
 
 pub mod backend;
@@ -24,5 +25,6 @@ pub mod reducer;
 pub mod report;
 pub mod session;
 pub mod step;
+pub mod store;
 #[cfg(feature = "train")]
 pub mod train;

@@ -121,7 +121,7 @@ fn a_shard_is_restarted(shard: u16) {
     });
     others
         .into_iter()
-        .for_each(|outcome| drop(outcome.unwrap()));
+        .for_each(|outcome| assert!(!outcome.unwrap().skipped));
     workers.insert(0, pushing.join().unwrap());
     support::step(&mut memory, &third);
     for (rank, worker) in (0..).zip(&mut workers) {
@@ -335,7 +335,7 @@ fn a_shard_that_comes_back_with_wrong_certificates_may_mend_them() {
     let stranger = Authority::new(&request()).unwrap();
     stranger.issue(&place, Role::Shard, &request()).unwrap();
     let mut options = job.options(anywhere(), 1, SHARDS);
-    options.identity = Identity::load(&place).unwrap();
+    options.identity = Identity::load(&place).unwrap().into();
     let wrong = job
         .runtime
         .block_on(arc_topk_ps::server::Server::start(options))

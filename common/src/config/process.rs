@@ -1,7 +1,8 @@
 //! What a process is told about its job, its peers and its machine. None of it changes what is computed.
 
+use super::elastic::{ElasticArgs, RestartPolicy};
 use super::setting::{SettingError, require};
-use crate::wire::{MAX_JOB_BYTES, MAX_WORLD};
+use crate::wire::{MAX_JOB_BYTES, MAX_LISTED_SNAPSHOTS, MAX_WORLD};
 use clap::Args;
 use core::{fmt, str::FromStr};
 use serde::{Serialize, Serializer};
@@ -130,9 +131,67 @@ pub struct ShardArgs {
     /// How many workers the job has, 1..=4096. Training starts when all are there.
     #[arg(long, value_name = "N", env = "ARC_WORKERS")]
     pub workers: u16,
-    /// With fewer live workers the job is ended. Raise it if a smaller world would waste time.
+    /// With fewer workers no round closes, and if the missing ones do not come back the job is ended. Raise it if a
+    /// smaller world would waste time.
     #[arg(long, value_name = "N", env = "ARC_MIN_WORKERS", default_value_t = 1)]
     pub min_workers: u16,
+    /// Workers that come, go or lag.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub elastic: ElasticArgs,
+    /// Snapshots.
+    #[command(flatten)]
+    #[serde(flatten)]
+    pub snapshots: SnapshotArgs,
+}
+
+/// What a shard (`arc-ps`) keeps of the job's snapshots, from which workers join and a job restarts.
+#[derive(Clone, PartialEq, Debug, Serialize, Args)]
+#[command(next_help_heading = "Snapshots")]
+pub struct SnapshotArgs {
+    /// Directory for this shard's pieces of snapshots, used by no other process. Without it they are held in memory: they
+    /// serve workers that join, and are lost with the process. Files of shards that no longer exist can be copied into it.
+    #[arg(long, value_name = "DIR", env = "ARC_SNAPSHOT_DIR")]
+    pub snapshot_dir: Option<PathBuf>,
+    /// Complete snapshots to keep, 1..=16; older ones are removed.
+    #[arg(long, value_name = "N", env = "ARC_SNAPSHOT_KEEP", default_value_t = 2)]
+    pub snapshot_keep: u16,
+    /// Most bytes of snapshots to hold, on the disk or in memory. A snapshot that does not fit is refused. Room is needed
+    /// for one more than are kept.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        env = "ARC_SNAPSHOT_LIMIT_BYTES",
+        default_value_t = 8 << 30
+    )]
+    pub snapshot_limit_bytes: u64,
+}
+
+impl SnapshotArgs {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The first setting outside its range.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        let most = MAX_LISTED_SNAPSHOTS - 1;
+        let advice =
+            "it is how far back a job can go if the newest snapshot is damaged; 2 is usual";
+        require(
+            (1..=most).contains(&usize::from(self.snapshot_keep)),
+            "snapshot_keep",
+            self.snapshot_keep,
+            "1 to 16",
+            advice,
+        )?;
+        let advice = "it is in bytes: a shard's share of parameters, optimizer and feedback state of all workers, times one more than --snapshot-keep";
+        require(
+            self.snapshot_limit_bytes >= 1 << 20,
+            "snapshot_limit_bytes",
+            self.snapshot_limit_bytes,
+            "1048576 or more",
+            advice,
+        )
+    }
 }
 
 impl ShardArgs {
@@ -165,7 +224,9 @@ impl ShardArgs {
             self.min_workers,
             "1 to workers",
             advice,
-        )
+        )?;
+        self.elastic.validate(self.workers)?;
+        self.snapshots.validate()
     }
 }
 
@@ -208,6 +269,15 @@ pub struct PeerArgs {
         default_value_t = 60.0
     )]
     pub connect_timeout_seconds: f64,
+    /// Seconds to keep trying to reach a shard that was lost while training. The shard may start anew meanwhile: the
+    /// workers tell it what it must know.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ARC_RECONNECT_TIMEOUT_SECONDS",
+        default_value_t = 300.0
+    )]
+    pub reconnect_timeout_seconds: f64,
     /// Seconds without any answer from a shard after which a step is given up. Lost peers show within seconds by
     /// themselves; this is for those that hang. Must exceed the longest pause of any worker, such as a validation.
     #[arg(
@@ -266,6 +336,15 @@ impl PeerArgs {
             "0.1 to 86400",
             advice,
         )?;
+        let seconds = self.reconnect_timeout_seconds;
+        let advice = "it is how long a lost shard may take to come back before this worker gives up; 300 is usual";
+        require(
+            (0.1..=86400.0).contains(&seconds),
+            "reconnect_timeout_seconds",
+            seconds,
+            "0.1 to 86400",
+            advice,
+        )?;
         let seconds = self.progress_timeout_seconds;
         let advice = "it is how long a step may stand still before it is given up; 600 is usual";
         require(
@@ -296,6 +375,12 @@ pub struct LocalArgs {
         default_value = "127.0.0.1:9400"
     )]
     pub admin: AdminAddress,
+    /// What becomes of a worker or shard that dies.
+    #[arg(long, env = "ARC_RESTART", value_enum, default_value_t = RestartPolicy::OnFailure)]
+    pub restart: RestartPolicy,
+    /// Workers that come, go or lag.
+    #[command(flatten)]
+    pub elastic: ElasticArgs,
 }
 
 impl LocalArgs {
@@ -311,7 +396,8 @@ impl LocalArgs {
             "1 to 256",
             "2 are enough on one machine",
         )?;
-        check_workers(self.workers)
+        check_workers(self.workers)?;
+        self.elastic.validate(self.workers)
     }
 }
 

@@ -19,7 +19,23 @@ pub struct ShardMetrics {
     lost_workers: IntCounter,
     refusals: IntCounterVec,
     failed_handshakes: IntCounter,
+    certificate_expiry: IntGauge,
+    certificate_renewals: IntCounterVec,
     straggler_wait_seconds: prometheus::CounterVec,
+    late_contributions: IntCounterVec,
+    lateness_seconds: Histogram,
+    persistent_straggler: GaugeVec,
+    recoveries: IntCounter,
+    recovery_seconds: Histogram,
+    adopted_results: IntCounter,
+    returned_workers: IntCounter,
+    joined_workers: IntCounter,
+    superseded_workers: IntCounter,
+    digest_mismatches: IntCounter,
+    snapshots: IntGauge,
+    snapshot_bytes: IntGauge,
+    snapshot_requests: IntCounterVec,
+    snapshot_transfer_bytes: IntCounterVec,
 }
 
 shared_methods!(ShardMetrics, Flow::Down, Flow::Up);
@@ -74,6 +90,15 @@ impl ShardMetrics {
                 "arc_failed_handshakes_total",
                 "Connections that ended in the TLS handshake: wrong certificate, authority or protocol",
             ),
+            certificate_expiry: r.count(
+                "arc_certificate_expiry_timestamp_seconds",
+                "End of the validity of the certificate shown to workers, Unix time",
+            ),
+            certificate_renewals: r.counters(
+                "arc_certificate_renewals_total",
+                "Changes of the certificate files while the shard runs, by outcome",
+                &["outcome"],
+            ),
             straggler_wait_seconds: r.add(prometheus::CounterVec::new(
                 Opts::new(
                     "arc_straggler_wait_seconds_total",
@@ -81,18 +106,95 @@ impl ShardMetrics {
                 ),
                 &["rank"],
             )),
+            late_contributions: r.counters(
+                "arc_late_contributions_total",
+                "Contributions to rounds that had closed without them, by rank",
+                &["rank"],
+            ),
+            lateness_seconds: r.histogram(
+                "arc_lateness_seconds",
+                "Time by which a contribution came after its round had closed without it",
+                LONG_SECONDS,
+            ),
+            persistent_straggler: r.gauges(
+                "arc_persistent_straggler",
+                "1 for each rank that was late in most of its latest rounds",
+                &["rank"],
+            ),
+            recoveries: r.counter(
+                "arc_recoveries_total",
+                "Times that workers told this shard of a job that was running before it started",
+            ),
+            recovery_seconds: r.histogram(
+                "arc_recovery_seconds",
+                "Time from the first worker that told of a running job until rounds could be formed again",
+                LONG_SECONDS,
+            ),
+            adopted_results: r.counter(
+                "arc_adopted_results_total",
+                "Results that this shard took from workers that held them, in place of forming them again",
+            ),
+            returned_workers: r.counter(
+                "arc_returned_workers_total",
+                "Workers that came back after their connection was lost",
+            ),
+            joined_workers: r.counter(
+                "arc_joined_workers_total",
+                "Workers that joined while the job was running",
+            ),
+            superseded_workers: r.counter(
+                "arc_superseded_workers_total",
+                "Workers that were told to join again, since the job had gone on without them",
+            ),
+            digest_mismatches: r.counter(
+                "arc_digest_mismatches_total",
+                "Comparisons in which the workers' parameters were not all the same",
+            ),
+            snapshots: r.count("arc_snapshots", "Snapshots of which this shard holds pieces"),
+            snapshot_bytes: r.count("arc_snapshot_bytes", "Bytes of snapshots that this shard holds"),
+            snapshot_requests: r.counters(
+                "arc_snapshot_requests_total",
+                "Requests to the snapshot store, by kind and outcome",
+                &["request", "outcome"],
+            ),
+            snapshot_transfer_bytes: r.counters(
+                "arc_snapshot_transfer_bytes_total",
+                "Bytes of snapshots that came (up) and went (down)",
+                &["direction"],
+            ),
             registry: r.0,
         };
         RoundOutcome::ALL
             .iter()
             .for_each(|outcome| drop(metrics.rounds.with_label_values(&[outcome.label()])));
+        CertificateRenewal::ALL.iter().for_each(|outcome| {
+            drop(
+                metrics
+                    .certificate_renewals
+                    .with_label_values(&[outcome.label()]),
+            )
+        });
         Flow::ALL.iter().for_each(|flow| {
             drop(
                 metrics
                     .dense_equivalent_bytes
                     .with_label_values(&[flow.label()]),
-            )
+            );
+            drop(
+                metrics
+                    .snapshot_transfer_bytes
+                    .with_label_values(&[flow.label()]),
+            );
         });
+        for request in StoreRequestKind::ALL {
+            for outcome in StoreOutcome::ALL {
+                drop(
+                    metrics
+                        .snapshot_requests
+                        .with_label_values(&[request.label(), outcome.label()]),
+                );
+            }
+        }
         metrics
     }
 
@@ -142,10 +244,96 @@ impl ShardMetrics {
         self.failed_handshakes.inc();
     }
 
+    /// The certificate in use ends at this Unix time, seconds.
+    pub fn set_certificate_expiry(&self, timestamp: u64) {
+        self.certificate_expiry
+            .set(i64::try_from(timestamp).unwrap_or(i64::MAX));
+    }
+
+    /// The certificate files were changed.
+    pub fn certificate_renewed(&self, outcome: CertificateRenewal) {
+        self.certificate_renewals
+            .with_label_values(&[outcome.label()])
+            .inc();
+    }
+
     /// The others waited for `rank`.
     pub fn waited(&self, rank: u16, seconds: f64) {
         self.straggler_wait_seconds
             .with_label_values(&[&peer_label(rank)])
             .inc_by(seconds.max(0.0));
+    }
+
+    /// A contribution of `rank` came `seconds` after its round had closed without it.
+    pub fn late(&self, rank: u16, seconds: f64) {
+        self.late_contributions
+            .with_label_values(&[&peer_label(rank)])
+            .inc();
+        self.lateness_seconds.observe(seconds.max(0.0));
+    }
+
+    /// Whether `rank` was late in most of its latest rounds. Say false, too, when it is gone.
+    pub fn set_persistent_straggler(&self, rank: u16, persistent: bool) {
+        let label = peer_label(rank);
+        if persistent {
+            self.persistent_straggler
+                .with_label_values(&[&label])
+                .set(1.0);
+        } else {
+            // One that never was has no label to remove.
+            let _ = self.persistent_straggler.remove_label_values(&[&label]);
+        }
+    }
+
+    /// This shard knows again what workers told it of a running job, `seconds` after the first did.
+    pub fn recovered(&self, seconds: f64) {
+        self.recoveries.inc();
+        self.recovery_seconds.observe(seconds.max(0.0));
+    }
+
+    /// A result was taken from a worker that held it.
+    pub fn result_adopted(&self) {
+        self.adopted_results.inc();
+    }
+
+    /// A worker came back.
+    pub fn worker_returned(&self) {
+        self.returned_workers.inc();
+    }
+
+    /// A worker joined while the job was running.
+    pub fn worker_joined(&self) {
+        self.joined_workers.inc();
+    }
+
+    /// A worker was told to join again.
+    pub fn worker_superseded(&self) {
+        self.superseded_workers.inc();
+    }
+
+    /// The workers' parameters were not all the same.
+    pub fn digests_differ(&self) {
+        self.digest_mismatches.inc();
+    }
+
+    /// Snapshots held now, and their bytes.
+    pub fn set_snapshots(&self, snapshots: usize, bytes: u64) {
+        self.snapshots.set(snapshots as i64);
+        self.snapshot_bytes
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// A request to the snapshot store ended.
+    pub fn store_request(&self, request: StoreRequestKind, outcome: StoreOutcome) {
+        self.snapshot_requests
+            .with_label_values(&[request.label(), outcome.label()])
+            .inc();
+    }
+
+    /// Bytes of snapshots came or went.
+    pub fn add_store_bytes(&self, flow: Flow, bytes: u64) {
+        self.snapshot_transfer_bytes
+            .with_label_values(&[flow.label()])
+            .inc_by(bytes);
     }
 }

@@ -177,7 +177,7 @@ impl Shard {
             .fold(0u64, u64::saturating_add);
         if elements > self.limits.elements {
             return Err(refusal(format!(
-                "the plan has {elements} elements, above this shard's limit of {}",
+                "the plan has {elements} elements, above this shard's limit of {}: use more shards or a smaller model",
                 self.limits.elements
             )));
         }

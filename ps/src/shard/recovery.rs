@@ -182,6 +182,7 @@ impl Shard {
         job.life = Life::Running;
         let behind = job.rounds.settle(step);
         job.expect_the_missing(now);
+        job.rounds.members = job.members.count();
         for rank in behind {
             let detail = format!(
                 "rank {rank} asks for answers of steps before {step}, which nobody holds any more: join again"

@@ -13,6 +13,7 @@ use arc_topk_common::ids::{ShardId, TensorId};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Status};
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{Authority, CertRequest, Role};
 use arc_topk_transport::{Identity, TransportConfig};
 use arc_topk_worker::reducer::{ReduceError, Reducer};
@@ -81,10 +82,11 @@ impl Job {
         ServeOptions {
             listen,
             admin: None,
-            identity: Identity::load(&self.place("shard")).unwrap(),
+            identity: Identity::load(&self.place("shard")).unwrap().into(),
             transport: transport(),
             shard: ShardConfig::new("job", ShardId(shard), shards, self.world),
             chaos_delay: Duration::ZERO,
+            store: StoreOptions::default(),
             timeouts: Timeouts {
                 hello: patience,
                 header: patience,

@@ -145,7 +145,7 @@ impl Honest {
                     session: SessionId(Self::SESSION),
                     header,
                     body,
-                } => self.answered(bench, *header, body),
+                } => self.answered(bench, *header, &body[..header.payload_bytes()]),
                 Action::Close {
                     session: SessionId(Self::SESSION),
                     code,
@@ -212,10 +212,8 @@ fn play(
             shard,
         } => {
             let hello = Hello {
-                rank: rank.map(Rank),
-                start_step: Step(start),
                 shard,
-                ..hello(&spec)
+                ..join(&spec, rank, start)
             };
             bench.hello(session, hello)
         }
@@ -307,7 +305,11 @@ proptest! {
             let share_of_a_step = bench.shard.body_limit() * bench.shard.open_rounds_limit() / 2;
             prop_assert!(load.parked_bytes <= usize::from(load.members) * 2 * share_of_a_step);
             // Nothing waits that could go on.
-            prop_assert!(status.open_rounds.iter().all(|round| !round.missing.is_empty()));
+            let waits = |round: &OpenRound| {
+                let came = status.members.len() - round.missing.len();
+                !round.missing.is_empty() || came < usize::from(min_workers)
+            };
+            prop_assert!(status.open_rounds.iter().all(waits));
         }
     }
 }

@@ -1,14 +1,6 @@
 use super::*;
 use arc_topk_common::config::algorithm::Feedback;
 
-fn welcomes(actions: &[Action]) -> Vec<(u64, u16)> {
-    let of = |(session, message)| match message {
-        Control::Welcome(welcome) => Some((session, welcome.rank.0)),
-        _ => None,
-    };
-    messages(actions).into_iter().filter_map(of).collect()
-}
-
 fn empty(world: u16) -> (Bench, PlanSpec) {
     let spec = spec(algorithm(Compressor::Arc));
     let plan = Plan::build(spec.clone()).unwrap();
@@ -36,50 +28,31 @@ fn ranks_asked_for_are_honoured_and_the_rest_filled_in_order() {
             }
         )]
     );
-    bench.hello(
-        8,
-        Hello {
-            rank: Some(Rank(0)),
-            ..hello(&spec)
-        },
-    );
+    bench.hello(8, join(&spec, Some(0), 0));
     let last = bench.hello(9, hello(&spec));
-    assert_eq!(welcomes(&last), [(8, 0), (7, 1), (9, 2)]);
+    assert_eq!(ranks(&last), [(8, 0), (7, 1), (9, 2)]);
     assert_eq!(bench.shard.status(bench.now).stage, Stage::Running);
 }
 
 #[test]
 fn a_worker_that_goes_while_gathering_makes_room() {
     let (mut bench, spec) = empty(2);
-    bench.hello(
-        1,
-        Hello {
-            rank: Some(Rank(0)),
-            ..hello(&spec)
-        },
-    );
+    bench.hello(1, join(&spec, Some(0), 0));
     bench.lose(1);
     assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
-    bench.hello(
-        2,
-        Hello {
-            rank: Some(Rank(0)),
-            ..hello(&spec)
-        },
-    );
+    bench.hello(2, join(&spec, Some(0), 0));
     let started = bench.hello(3, hello(&spec));
-    assert_eq!(welcomes(&started), [(2, 0), (3, 1)]);
+    assert_eq!(ranks(&started), [(2, 0), (3, 1)]);
 }
 
 #[test]
 fn other_shards_welcome_at_once_and_wait_for_the_others_in_rounds() {
     let (mut bench, spec) = second_of_two();
-    let other = |rank| Hello {
-        rank: Some(Rank(rank)),
-        shard: 1,
-        ..hello(&spec)
-    };
-    assert_eq!(welcomes(&bench.hello(5, other(1))), [(5, 1)]);
+    let first = bench.hello(5, to_second(&spec, 1));
+    assert_eq!(ranks(&first), [(5, 1)]);
+    assert!(welcomes(&first)[0].1.retell, "it knows nothing");
+    let nothing = Control::Retelling { frames: 0 };
+    bench.control(5, nothing.clone());
     let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
     let body = vec![0; shape.dense_layout().bytes];
     assert!(!body.is_empty());
@@ -87,28 +60,29 @@ fn other_shards_welcome_at_once_and_wait_for_the_others_in_rounds() {
         answers(&bench.send(5, 0, FrameKind::Dense, body.clone())),
         []
     );
-    assert_eq!(welcomes(&bench.hello(6, other(0))), [(6, 0)]);
-    assert_eq!(answers(&bench.send(6, 0, FrameKind::Dense, body)).len(), 2);
+    assert_eq!(ranks(&bench.hello(6, to_second(&spec, 0))), [(6, 0)]);
+    assert!(!bench.shard.is_running());
+    assert_eq!(answers(&bench.control(6, nothing)), []);
+    assert!(bench.shard.is_running());
+    let actions = bench.send(6, 0, FrameKind::Dense, body);
+    assert_eq!(answers(&actions).len(), 2);
+    assert_eq!(roster(&actions), [0, 1]);
 }
 
 #[test]
 fn a_rank_that_never_comes_is_given_up_after_the_grace() {
     let (mut bench, spec) = second_of_two();
-    bench.hello(
-        5,
-        Hello {
-            rank: Some(Rank(1)),
-            shard: 1,
-            ..hello(&spec)
-        },
-    );
+    bench.hello(5, to_second(&spec, 1));
+    bench.control(5, Control::Retelling { frames: 0 });
+    let came = bench.now - Duration::from_millis(10);
     let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
     let body = vec![0; shape.dense_layout().bytes];
     bench.send(5, 0, FrameKind::Dense, body);
     assert_eq!(bench.handle(Event::Tick), []);
-    bench.now += JOIN_GRACE;
-    let actions = bench.handle(Event::Tick);
+    assert_eq!(bench.shard.next_deadline(), Some(came + RECOVERY_GRACE));
+    let actions = bench.tick(RECOVERY_GRACE);
     assert_eq!(answers(&actions).len(), 1);
+    // The other one is still listed, and may come.
     assert_eq!(closed_round(&actions).unwrap().outcome, Outcome::Partial);
 }
 
@@ -119,7 +93,9 @@ fn a_lost_worker_raises_the_epoch_and_the_rest_is_told() {
     let reason = "rank 1 (host:1) was lost: timed out".to_owned();
     let message = Control::Membership {
         epoch: Epoch(2),
+        next_rank: 3,
         members: vec![Rank(0), Rank(2)],
+        away: Vec::new(),
         reason,
     };
     assert_eq!(messages(&actions), [(0, message.clone()), (2, message)]);
@@ -221,12 +197,9 @@ fn after_all_left_the_job_can_start_again() {
         density: 0.25,
         ..algorithm(Compressor::Arc)
     });
-    let restart = Hello {
-        start_step: Step(40),
-        ..hello(&other)
-    };
+    let restart = join(&other, None, 40);
     bench.hello(10, restart.clone());
-    assert_eq!(welcomes(&bench.hello(11, restart)), [(10, 0), (11, 1)]);
+    assert_eq!(ranks(&bench.hello(11, restart)), [(10, 0), (11, 1)]);
     assert_eq!(bench.shard.status(bench.now).step, Step(40));
 }
 

@@ -14,7 +14,10 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
-use arc_topk_common::wire::{FrameFlags, FrameHeader, FrameKind, Hello, PROTOCOL_VERSION};
+use arc_topk_common::wire::{
+    FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, Place, Welcome,
+    decode_roster,
+};
 use bytes::Bytes;
 
 /// Lossless on the wire, no warm-up: numbers can be compared exactly.
@@ -54,45 +57,93 @@ fn spec(algorithm: AlgorithmConfig) -> PlanSpec {
     }
 }
 
+/// Of a worker that starts the job.
 fn hello(spec: &PlanSpec) -> Hello {
+    join(spec, None, 0)
+}
+
+fn join(spec: &PlanSpec, rank: Option<u16>, start: u64) -> Hello {
     Hello {
         protocol: PROTOCOL_VERSION,
         job: "job".to_owned(),
-        incarnation: [0; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
+        incarnation: [1; 16],
         shard: 0,
         host: "host:1".to_owned(),
+        intent: Intent::Join {
+            rank: rank.map(Rank),
+            world: None,
+            start_step: Step(start),
+            elastic: false,
+        },
         plan: spec.clone(),
     }
 }
 
-fn config(world: u16) -> ShardConfig {
-    ShardConfig {
-        shard: ShardId(0),
-        shards: 1,
-        job: "job".to_owned(),
-        world,
-        min_workers: 1,
+/// Of a worker that can join a running job.
+fn elastic(spec: &PlanSpec, session: u64) -> Hello {
+    Hello {
+        incarnation: incarnation(session),
+        intent: Intent::Join {
+            rank: None,
+            world: None,
+            start_step: Step(0),
+            elastic: true,
+        },
+        ..hello(spec)
     }
 }
 
-/// Shard 1 of two, which waits for a job of two workers, and that job's specification.
+/// Of the worker that [`Bench::running`] started with this session, and of the run if it is 0.
+fn incarnation(session: u64) -> [u8; 16] {
+    [session as u8 + 1; 16]
+}
+
+/// As shard 0 gave it when the job started with these members.
+fn place(rank: u16, members: &[u16]) -> Place {
+    Place {
+        run: RunId(incarnation(0)),
+        rank: Rank(rank),
+        epoch: Epoch(1),
+        next_rank: members.iter().max().map_or(0, |rank| rank + 1),
+        members: members.iter().copied().map(Rank).collect(),
+    }
+}
+
+/// Of the worker with this place, which is at `step`; rounds wait for it.
+fn member(spec: &PlanSpec, place: Place, step: u64) -> Hello {
+    Hello {
+        incarnation: incarnation(u64::from(place.rank.0)),
+        intent: Intent::Member {
+            place,
+            step: Step(step),
+            waited: true,
+        },
+        ..hello(spec)
+    }
+}
+
+fn config(world: u16) -> ShardConfig {
+    ShardConfig::new("job", ShardId(0), 1, world)
+}
+
+/// Shard 1 of two, which knows nothing yet of a job of two workers, and that job's specification.
 fn second_of_two() -> (Bench, PlanSpec) {
     let mut spec = spec(algorithm(Compressor::Dense));
     spec.shards = 2;
-    let shard = Shard::new(ShardConfig {
-        shard: ShardId(1),
-        shards: 2,
-        ..config(2)
-    });
     let bench = Bench {
-        shard,
+        shard: Shard::new(ShardConfig::new("job", ShardId(1), 2, 2)),
         now: Duration::ZERO,
         plan: Plan::build(spec.clone()).unwrap(),
     };
     (bench, spec)
+}
+
+/// Of the member of two with this rank, to the second shard.
+fn to_second(spec: &PlanSpec, rank: u16) -> Hello {
+    Hello {
+        shard: 1,
+        ..member(spec, place(rank, &[0, 1]), 0)
+    }
 }
 
 /// A shard and its clock.
@@ -117,7 +168,15 @@ impl Bench {
             plan: Plan::build(spec.clone()).unwrap(),
         };
         for session in 0..world {
-            bench.hello(u64::from(session), hello(&spec));
+            let session = u64::from(session);
+            let incarnation = incarnation(session);
+            bench.hello(
+                session,
+                Hello {
+                    incarnation,
+                    ..hello(&spec)
+                },
+            );
         }
         assert!(bench.shard.is_running());
         bench
@@ -150,11 +209,49 @@ impl Bench {
         self.frame(session, header, body)
     }
 
+    /// A frame that is not counted and asks for the answer.
+    fn ask(&mut self, session: u64, step: u64, kind: FrameKind) -> Vec<Action> {
+        let mut header = header(kind, step, 0);
+        header.flags.absent = true;
+        self.frame(session, header, Vec::new())
+    }
+
+    fn control(&mut self, session: u64, message: Control) -> Vec<Action> {
+        self.handle(Event::Control {
+            session: SessionId(session),
+            message,
+        })
+    }
+
+    /// The worker has ended.
     fn lose(&mut self, session: u64) -> Vec<Action> {
+        self.close(session, true)
+    }
+
+    /// The connection is lost; the worker may come back.
+    fn cut(&mut self, session: u64) -> Vec<Action> {
+        self.close(session, false)
+    }
+
+    fn close(&mut self, session: u64, for_good: bool) -> Vec<Action> {
         self.handle(Event::Closed {
             session: SessionId(session),
             reason: "timed out".to_owned(),
+            for_good,
         })
+    }
+
+    /// At that moment exactly.
+    fn tick_at(&mut self, now: Duration) -> Vec<Action> {
+        let mut out = Vec::new();
+        self.now = now;
+        self.shard.handle(now, Event::Tick, &mut out);
+        out
+    }
+
+    fn tick(&mut self, after: Duration) -> Vec<Action> {
+        self.now += after;
+        self.handle(Event::Tick)
     }
 
     fn shape(&self, update: u64) -> RoundShape {
@@ -171,6 +268,8 @@ fn header(kind: FrameKind, step: u64, bytes: usize) -> FrameHeader {
         step: Step(step),
         update: step,
         body_bytes: bytes as u32,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 
@@ -191,8 +290,20 @@ fn decode(bytes: &[u8]) -> Vec<f32> {
     out
 }
 
-/// Round frames among the actions.
+/// Round frames among the actions, their bodies without the roster, which says the same as the flag.
 fn answers(actions: &[Action]) -> Vec<(u64, FrameHeader, Bytes)> {
+    let frames = whole_answers(actions).into_iter();
+    let frames = frames.map(|(session, header, body)| {
+        let payload = body.slice(..header.payload_bytes());
+        let roster = decode_roster(&body[payload.len()..]).unwrap();
+        assert!(!header.flags.counted || !roster.is_empty());
+        (session, header, payload)
+    });
+    frames.collect()
+}
+
+/// Round frames among the actions, rosters included.
+fn whole_answers(actions: &[Action]) -> Vec<(u64, FrameHeader, Bytes)> {
     let frames = actions.iter().filter_map(|action| match action {
         Action::Round {
             session,
@@ -204,6 +315,13 @@ fn answers(actions: &[Action]) -> Vec<(u64, FrameHeader, Bytes)> {
     frames.collect()
 }
 
+/// Who is counted in the first answer.
+fn roster(actions: &[Action]) -> Vec<u16> {
+    let (_, header, body) = whole_answers(actions).remove(0);
+    let ranks = decode_roster(&body[header.payload_bytes()..]).unwrap();
+    ranks.into_iter().map(|rank| rank.0).collect()
+}
+
 /// Who was refused, why, and that it was closed too.
 fn refusals(actions: &[Action]) -> Vec<(u64, RefusalCode, String)> {
     let closed: Vec<_> = actions
@@ -213,7 +331,9 @@ fn refusals(actions: &[Action]) -> Vec<(u64, RefusalCode, String)> {
                 session,
                 code,
                 detail,
-            } => Some((session.0, *code, detail.clone())),
+            } if detail != "the worker came on another connection" => {
+                Some((session.0, *code, detail.clone()))
+            }
             _ => None,
         })
         .collect();
@@ -226,6 +346,33 @@ fn refusals(actions: &[Action]) -> Vec<(u64, RefusalCode, String)> {
     });
     assert_eq!(told.collect::<Vec<_>>(), closed, "told and closed alike");
     closed
+}
+
+/// Sessions that were closed because their workers came on other ones.
+fn replaced(actions: &[Action]) -> Vec<u64> {
+    let closed = actions.iter().filter_map(|action| match action {
+        Action::Close {
+            session, detail, ..
+        } if detail == "the worker came on another connection" => Some(session.0),
+        _ => None,
+    });
+    closed.collect()
+}
+
+fn welcomes(actions: &[Action]) -> Vec<(u64, Welcome)> {
+    let of = |(session, message)| match message {
+        Control::Welcome(welcome) => Some((session, welcome)),
+        _ => None,
+    };
+    messages(actions).into_iter().filter_map(of).collect()
+}
+
+/// (session, rank) of those that were welcomed.
+fn ranks(actions: &[Action]) -> Vec<(u64, u16)> {
+    let welcomes = welcomes(actions).into_iter();
+    welcomes
+        .map(|(session, welcome)| (session, welcome.place.rank.0))
+        .collect()
 }
 
 fn messages(actions: &[Action]) -> Vec<(u64, Control)> {

@@ -14,9 +14,8 @@ fn refused(change: impl FnOnce(&mut Hello)) -> (RefusalCode, String) {
     bench.hello(
         0,
         Hello {
-            rank: Some(Rank(1)),
             host: "first:42".to_owned(),
-            ..hello(&spec)
+            ..join(&spec, Some(1), 0)
         },
     );
     let mut second = hello(&spec);
@@ -31,13 +30,22 @@ fn refused(change: impl FnOnce(&mut Hello)) -> (RefusalCode, String) {
     (code, detail)
 }
 
+fn asks(hello: &mut Hello, rank: Option<u16>, world: Option<u16>, start: u64) {
+    hello.intent = Intent::Join {
+        rank: rank.map(Rank),
+        world,
+        start_step: Step(start),
+        elastic: false,
+    };
+}
+
 #[test]
 fn hellos() {
     let cases = [
         (
             refused(|h| h.protocol = 9),
             RefusalCode::Version,
-            "the worker speaks protocol 9 and this shard 1: install the same release of arc-topk on both",
+            "the worker speaks protocol 9 and this shard 2: install the same release of arc-topk on both",
         ),
         (
             refused(|h| h.job = "other".to_owned()),
@@ -50,19 +58,19 @@ fn hellos() {
             "this is shard 0, but it stands at position 1 of the worker's list: give every worker the shards' addresses in the order of their index",
         ),
         (
-            refused(|h| h.world = Some(3)),
+            refused(|h| asks(h, None, Some(3), 0)),
             RefusalCode::World,
             "the worker expects 3 workers, this shard was started for 2: give the same --workers everywhere",
         ),
         (
-            refused(|h| h.rank = Some(Rank(2))),
+            refused(|h| asks(h, Some(2), None, 0)),
             RefusalCode::Rank,
             "rank 2 is out of range: a world of 2 has ranks 0 to 1",
         ),
         (
-            refused(|h| h.rank = Some(Rank(1))),
+            refused(|h| asks(h, Some(1), None, 0)),
             RefusalCode::Rank,
-            "rank 1 is taken by first:42: give every worker a --rank of its own, or none to have one given (a worker that died is forgotten after 3 s)",
+            "rank 1 is taken by first:42: give every worker a rank of its own, or none",
         ),
         (
             refused(|h| h.plan.shards = 2),
@@ -75,12 +83,12 @@ fn hellos() {
             "the worker's plan differs from that of the workers that are here: density: 0.5 here, 0.25 there; give all workers the same model and settings",
         ),
         (
-            refused(|h| h.start_step = Step(5)),
+            refused(|h| asks(h, None, None, 5)),
             RefusalCode::Step,
             "the worker starts at step 5, the others at step 0: resume all workers from checkpoints of one step",
         ),
         (
-            refused(|h| h.start_step = Step(u64::MAX)),
+            refused(|h| asks(h, None, None, u64::MAX)),
             RefusalCode::Step,
             "the worker starts at step 18446744073709551615, above the limit of 4611686018427387904: its checkpoint is damaged; resume from another one",
         ),
@@ -127,22 +135,23 @@ fn a_plan_above_the_limit() {
 }
 
 #[test]
-fn a_running_job_takes_nobody() {
+fn a_running_job_takes_nobody_who_cannot_follow() {
     let mut bench = Bench::running(2, Compressor::Arc);
     let spec = bench.plan.spec.clone();
+    let text = "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends";
     let (_, code, detail) = refusals(&bench.hello(9, hello(&spec))).remove(0);
-    assert_eq!(code, RefusalCode::World);
-    assert!(
-        detail.starts_with("the job runs already with 2 of 2 workers at step 0"),
-        "{detail}"
-    );
+    assert_eq!((code, detail.as_str()), (RefusalCode::World, text));
     // A worker that was lost and comes back from its checkpoint is told the same, not where the job started.
-    let back = Hello {
-        start_step: Step(200),
-        ..hello(&spec)
+    let (_, code, detail) = refusals(&bench.hello(10, join(&spec, None, 200))).remove(0);
+    assert_eq!((code, detail.as_str()), (RefusalCode::World, text));
+    // One that can follow waits for room.
+    let waits = bench.hello(11, elastic(&spec, 11));
+    assert_eq!(refusals(&waits), []);
+    let waiting = Control::Waiting {
+        joined: 3,
+        world: 2,
     };
-    let (_, code, _) = refusals(&bench.hello(10, back)).remove(0);
-    assert_eq!(code, RefusalCode::World);
+    assert_eq!(messages(&waits), [(11, waiting)]);
 }
 
 /// Sends one frame as rank 1 of 3 after rank 0 sent a good one; the refusal's text. Ranks 0 and 2 then finish the phase.
@@ -184,7 +193,7 @@ fn frames() {
         ),
         (
             broken(|h, _| h.step = Step(9)),
-            "a frame came for step 9, bucket 0, which is not open yet: this shard is at step 0 and takes steps 0 to 1; resume all workers from checkpoints of one step".to_owned(),
+            "a frame came for step 9, bucket 0, which is not open yet: this shard takes steps 0 to 1; run the same release everywhere".to_owned(),
         ),
         (
             broken(|h, _| h.update = 4),
@@ -200,7 +209,7 @@ fn frames() {
         ),
         (
             broken(|h, _| h.flags.non_finite = true),
-            "a frame flagged non-finite must have an empty body, but 60 bytes came; run the same release everywhere".to_owned(),
+            "a frame flagged non-finite or absent must have an empty body, but 60 bytes came; run the same release everywhere".to_owned(),
         ),
     ];
     for (detail, expected) in cases {
@@ -225,11 +234,20 @@ fn a_duplicate_removes_its_sender_but_its_contribution_counts_once() {
 fn a_closed_step_stays_closed() {
     let mut bench = Bench::running(1, Compressor::Dense);
     let bytes = bench.shape(0).dense_layout().bytes;
-    bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
-    let actions = bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
-    assert!(refusals(&actions)[0].2.starts_with(
-        "a frame came for step 0, bucket 0, which is closed: this shard is at step 1"
-    ));
+    let first = bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
+    // Another body now changes nothing: what was answered is answered again, and says how far the job is.
+    let second = bench.send(0, 0, FrameKind::Dense, encode(&[1.0; 17]));
+    let (before, after) = (whole_answers(&first), whole_answers(&second));
+    assert_eq!((before[0].1.lead, after[0].1.lead), (1, 1));
+    assert_eq!(before, after);
+    assert_eq!(closed_round(&second), None);
+    assert_eq!(bench.shard.status(bench.now).step, Step(1));
+    // A kind that no phase of the round has is no late frame.
+    let refused = refusals(&bench.send(0, 0, FrameKind::Sketch, vec![0; bytes]));
+    assert_eq!(
+        refused[0].2,
+        "a Sketch frame came for step 0, bucket 0, which has no such phase: run the same release everywhere"
+    );
 }
 
 #[test]
@@ -303,10 +321,7 @@ fn a_job_may_start_at_the_last_step_that_is_allowed() {
     let mut bench = Bench::running(1, Compressor::Dense);
     let spec = bench.plan.spec.clone();
     bench.lose(0);
-    let last = Hello {
-        start_step: LAST_START_STEP,
-        ..hello(&spec)
-    };
+    let last = join(&spec, None, LAST_START_STEP.0);
     assert_eq!(refusals(&bench.hello(0, last)), []);
     let bytes = bench.shape(0).dense_layout().bytes;
     let actions = bench.send(0, LAST_START_STEP.0, FrameKind::Dense, vec![0; bytes]);

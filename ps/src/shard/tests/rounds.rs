@@ -6,7 +6,7 @@ use arc_topk_common::wire::Direction;
 use proptest::prelude::*;
 
 /// Small numbers that differ by worker and place.
-fn numbers(count: usize, salt: u64) -> Vec<f32> {
+pub(super) fn numbers(count: usize, salt: u64) -> Vec<f32> {
     let mut state = salt.wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
     (0..count)
         .map(|_| {
