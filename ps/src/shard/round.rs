@@ -89,6 +89,7 @@ impl Phase {
     /// Whether the answer is due.
     fn is_full(&mut self, now: Duration, live: &BTreeSet<Rank>, rules: &ClosingRules) -> bool {
         if live.is_empty() {
+            self.quorum_since = None;
             return false;
         }
         let came = |rank: &Rank| self.arrived.contains_key(rank) || self.absent.contains_key(rank);
@@ -248,6 +249,11 @@ impl Round {
     /// Frame kind that it gathers now.
     pub(crate) fn gathers(&self) -> FrameKind {
         self.phase.up
+    }
+
+    /// Whether a selection comes before the mean.
+    pub(crate) fn is_two_phased(&self) -> bool {
+        self.shape.phases().len() > 1
     }
 
     /// Whether this rank's frame of the phase is here.

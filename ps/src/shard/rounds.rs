@@ -6,7 +6,7 @@ use super::round::{Accepted, ClosingRules, Frame, Round};
 use super::{Limits, STEP_WINDOW, largest_body};
 use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{FrameHeader, RoundShape};
+use arc_topk_common::wire::{FrameHeader, FrameKind, RoundShape};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -15,6 +15,9 @@ use std::sync::Arc;
 pub const RETAIN_STEPS: u64 = 8;
 /// How long answers are kept for a worker that joins, after the last sign of it.
 const PIN_TIME: Duration = Duration::from_secs(120);
+
+/// Steps of which there may be rounds while it is not known where the job is. Workers that are not too far apart name six.
+const UNSETTLED_STEPS: usize = 16;
 
 pub(super) type Key = (Step, BucketId);
 
@@ -69,6 +72,10 @@ pub(super) struct Rounds {
     pub(super) members: usize,
     /// Means that came before the selections that they belong to.
     held_early: BTreeMap<(Key, Rank), Held>,
+    /// Who told which selection, or holds the same: a mean that it tells belongs to that one.
+    told_selections: BTreeSet<(Key, Rank)>,
+    /// It is known where the job is.
+    settled: bool,
     /// Update number of each step of the window and the one before, and who named it first.
     updates: BTreeMap<Step, (u64, Rank)>,
     body_limit: usize,
@@ -100,6 +107,8 @@ impl Rounds {
             pin: None,
             members: 0,
             held_early: BTreeMap::new(),
+            told_selections: BTreeSet::new(),
+            settled: false,
             updates: BTreeMap::new(),
             body_limit,
         }
@@ -165,6 +174,7 @@ impl Rounds {
         let accepted = if let Some(round) = self.open.get_mut(&key) {
             round.accept(now, frame, live).map_err(protocol)?
         } else {
+            self.check_room(header.step)?;
             let mut round = self.new_round(now, header);
             let accepted = round.accept(now, frame, live).map_err(protocol)?;
             self.open.insert(key, round);
@@ -219,6 +229,23 @@ impl Rounds {
             *until = now + PIN_TIME;
         }
         Ok(Some(answer))
+    }
+
+    /// While it is not known where the job is, members may name any steps, but not many.
+    fn check_room(&self, step: Step) -> Result<(), Fault> {
+        let mut steps: BTreeSet<Step> = self.open.keys().map(|key| key.0).collect();
+        if self.settled || steps.contains(&step) {
+            return Ok(());
+        }
+        steps.extend(self.closed.keys().map(|key| key.0));
+        steps.extend(self.held_early.keys().map(|(key, _)| key.0));
+        if steps.len() < UNSETTLED_STEPS || steps.contains(&step) {
+            return Ok(());
+        }
+        Err(Fault::Gone(format!(
+            "step {step} is one too many of those that workers name while shard {} is told where the job is: they are too far apart; join again",
+            self.shard
+        )))
     }
 
     fn check_bucket(&self, bucket: BucketId) -> Result<(), Fault> {
@@ -360,6 +387,11 @@ impl Rounds {
             }
             self.retained_bytes -= entry.remove().bytes();
         }
+        if self.settled {
+            let open = self.step;
+            self.held_early.retain(|(key, _), _| key.0 >= open);
+            self.told_selections.retain(|(key, _)| key.0 >= open);
+        }
     }
 
     /// Keeps answers from `step` on for a worker that joins.
@@ -376,24 +408,13 @@ impl Rounds {
         header: FrameHeader,
         held: Held,
         rank: Rank,
-    ) -> Result<Vec<Due>, (Rank, Fault)> {
-        let blame = |rank| move |fault| (rank, fault);
-        self.check_bucket(header.bucket).map_err(blame(rank))?;
+    ) -> Result<Vec<Due>, Fault> {
+        self.check_bucket(header.bucket)?;
         let key = (header.step, header.bucket);
         let mut due = Vec::new();
-        due.extend(
-            self.adopt_one(now, header, held, rank)
-                .map_err(blame(rank))?,
-        );
-        let early: Vec<_> = self
-            .held_early
-            .extract_if(.., |(place, _), _| *place == key)
-            .collect();
-        for ((_, rank), held) in early {
-            due.extend(
-                self.adopt_one(now, header, held, rank)
-                    .map_err(blame(rank))?,
-            );
+        due.extend(self.adopt_one(now, header, held, rank)?);
+        if let Some(held) = self.held_early.remove(&(key, rank)) {
+            due.extend(self.adopt_one(now, header, held, rank)?);
         }
         Ok(due)
     }
@@ -406,9 +427,21 @@ impl Rounds {
         rank: Rank,
     ) -> Result<Option<Due>, Fault> {
         let key = (header.step, header.bucket);
+        let selection = held.kind == FrameKind::Selection && !held.non_finite;
         if self.check_held(key, &held, rank)? {
+            if selection {
+                self.told_selections.insert((key, rank));
+            }
             return Ok(None);
         }
+        if self.settled && header.step.0 > *self.window().end() {
+            return Err(Fault::Differs(format!(
+                "rank {rank} holds an answer to step {}, but the job is at step {}: it went another way while that one was cut off; join again",
+                header.step, self.step
+            )));
+        }
+        self.check_update(header, rank).map_err(Fault::Differs)?;
+        self.check_room(header.step)?;
         if !self.open.contains_key(&key) {
             if header.step < self.step {
                 // Older than what is kept: nobody can ask for it.
@@ -423,15 +456,22 @@ impl Rounds {
         let Some(round) = self.open.get_mut(&key) else {
             return Ok(None);
         };
-        let adopted = round
-            .adopt(now, held.clone())
-            .map_err(|error| Fault::Protocol(error.to_string()))?;
-        let Some(answer) = adopted else {
-            // Its selection is still on its way: frames of different streams come in any order.
+        // Frames of different streams come in any order. A mean belongs to the selection that its teller holds, which may
+        // be another one than that which is here.
+        if round.is_two_phased()
+            && held.kind == FrameKind::Mean
+            && !self.told_selections.contains(&(key, rank))
+        {
             self.held_early.insert((key, rank), held);
             return Ok(None);
-        };
-        Ok(Some(self.answered(now, key, answer)))
+        }
+        let adopted = round
+            .adopt(now, held)
+            .map_err(|error| Fault::Protocol(error.to_string()))?;
+        if selection {
+            self.told_selections.insert((key, rank));
+        }
+        Ok(adopted.map(|answer| self.answered(now, key, answer)))
     }
 
     /// Whether an answer of this kind is here already.
@@ -455,10 +495,17 @@ impl Rounds {
         }
     }
 
+    /// It is known where the job is.
+    pub(super) fn begin(&mut self) {
+        self.settled = true;
+        self.held_early.clear();
+        self.told_selections.clear();
+    }
+
     /// The shard has been told everything: the job is at `step`. Whoever asked for an answer of an earlier one that
     /// nobody holds cannot go on.
     pub(super) fn settle(&mut self, step: Step) -> BTreeSet<Rank> {
-        self.held_early.clear();
+        self.begin();
         let later = self.open.split_off(&(step, BucketId(0)));
         let dropped = core::mem::replace(&mut self.open, later);
         self.step = self.step.max(step);

@@ -1,8 +1,11 @@
 //! The machine, driven by hand.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod digests;
 mod hostile;
+mod joining;
 mod membership;
+mod recovery;
 mod refusals;
 mod reports;
 mod rounds;
