@@ -6,8 +6,9 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, Place, RefusalCode, Welcome,
-    any_bytes, append_selection, encode_roster, encode_selection,
+    Control, FrameFlags, FrameHeader, FrameKind, HeldPiece, HeldSnapshot, Hello, Intent, Manifest,
+    Owner, PartInfo, PieceMeta, Place, RefusalCode, SnapshotId, StoreRequest, StoreResponse,
+    Welcome, any_bytes, append_selection, encode_roster, encode_selection,
 };
 use std::path::PathBuf;
 
@@ -126,6 +127,11 @@ fn bodies() {
     run("body", any_bytes::body);
 }
 
+#[test]
+fn store_messages() {
+    run("store", any_bytes::store);
+}
+
 fn write_seeds(target: &str) {
     let seeds = match target {
         "control" => control_seeds(),
@@ -153,6 +159,7 @@ fn write_seeds(target: &str) {
             .into_iter()
             .map(|ranks| encode_roster(&ranks.iter().copied().map(Rank).collect()))
             .collect(),
+        "store" => store_seeds(),
         other => panic!("no target {other}"),
     };
     std::fs::create_dir_all(folder(target)).unwrap();
@@ -275,6 +282,50 @@ fn control_seeds() -> Vec<Vec<u8>> {
     .iter()
     .map(Control::encode)
     .collect()
+}
+
+fn store_seeds() -> Vec<Vec<u8>> {
+    let snapshot = SnapshotId {
+        step: Step(100),
+        run: RunId([9; 16]),
+    };
+    let meta = PieceMeta {
+        snapshot,
+        owner: Owner::Replica,
+        piece: 1,
+        pieces: 2,
+        piece_bytes: 50,
+        total_bytes: 100,
+        total_sha256: [1; 32],
+        piece_sha256: [2; 32],
+    };
+    let part = |owner| PartInfo {
+        owner,
+        pieces: 2,
+        total_bytes: 100,
+        total_sha256: [1; 32],
+    };
+    let manifest = Manifest {
+        snapshot,
+        update: 99,
+        parts: vec![part(Owner::Replica), part(Owner::Rank(Rank(0)))],
+    };
+    let held = HeldSnapshot {
+        snapshot,
+        manifest: Some(manifest.clone()),
+        pieces: vec![HeldPiece {
+            part: part(Owner::Replica),
+            piece: 1,
+        }],
+    };
+    vec![
+        StoreRequest::Put(meta.clone()).encode(),
+        StoreRequest::Commit(manifest.clone()).encode(),
+        StoreResponse::Piece(meta.clone()).encode(),
+        StoreResponse::Listing(vec![held]).encode(),
+        meta.file_header().to_vec(),
+        manifest.file_bytes(),
+    ]
 }
 
 /// The first byte chooses the round, see `any_bytes::shape`.

@@ -4,8 +4,10 @@
 //! |---|---|
 //! | [`shard`] | the deterministic machine: membership, rounds, selection, aggregation |
 //! | [`server`] | QUIC sessions and admin HTTP around it |
+//! | [`store`] | the snapshot store: what is kept, and its files |
 //! | [`cli`] | `arc-ps`, callable from other binaries |
 
 pub mod cli;
 pub mod server;
 pub mod shard;
+pub mod store;

@@ -22,6 +22,7 @@ use arc_topk_common::wire::{
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
 use arc_topk_transport::{
     Connection, ControlStream, Endpoint, Identity, RecvStream, TransportConfig, admit, connect,
@@ -207,9 +208,10 @@ impl Bench {
         let patience = Duration::from_secs(60);
         let options = ServeOptions {
             chaos_delay: std::time::Duration::ZERO,
+            store: StoreOptions::default(),
             listen: "127.0.0.1:0".parse().unwrap(),
             admin: None,
-            identity: self.shard(),
+            identity: self.shard().into(),
             transport: TransportConfig::default(),
             shard: ShardConfig {
                 shard: ShardId(0),

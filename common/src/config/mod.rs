@@ -15,6 +15,8 @@ pub mod train;
 
 pub use algorithm::AlgorithmConfig;
 pub use layers::{SettingsError, read_settings};
-pub use process::{AdminAddress, CertArgs, CommonArgs, LocalArgs, PeerArgs, ShardArgs};
+pub use process::{
+    AdminAddress, CertArgs, CommonArgs, LocalArgs, PeerArgs, ShardArgs, SnapshotArgs,
+};
 pub use setting::{SettingError, check_density, require};
 pub use train::{ModelPreset, OptimizerChoice, Task, TrainArgs};

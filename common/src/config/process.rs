@@ -1,7 +1,7 @@
 //! What a process is told about its job, its peers and its machine. None of it changes what is computed.
 
 use super::setting::{SettingError, require};
-use crate::wire::{MAX_JOB_BYTES, MAX_WORLD};
+use crate::wire::{MAX_JOB_BYTES, MAX_LISTED_SNAPSHOTS, MAX_WORLD};
 use clap::Args;
 use core::{fmt, str::FromStr};
 use serde::{Serialize, Serializer};
@@ -133,6 +133,59 @@ pub struct ShardArgs {
     /// With fewer live workers the job is ended. Raise it if a smaller world would waste time.
     #[arg(long, value_name = "N", env = "ARC_MIN_WORKERS", default_value_t = 1)]
     pub min_workers: u16,
+    #[command(flatten)]
+    #[serde(flatten)]
+    /// Snapshots.
+    pub snapshots: SnapshotArgs,
+}
+
+/// What a shard (`arc-ps`) keeps of the job's snapshots, from which workers join and a job restarts.
+#[derive(Clone, PartialEq, Debug, Serialize, Args)]
+#[command(next_help_heading = "Snapshots")]
+pub struct SnapshotArgs {
+    /// Directory for this shard's pieces of snapshots, used by no other process. Without it they are held in memory: they
+    /// serve workers that join, and are lost with the process. Files of shards that no longer exist can be copied into it.
+    #[arg(long, value_name = "DIR", env = "ARC_SNAPSHOT_DIR")]
+    pub snapshot_dir: Option<PathBuf>,
+    /// Complete snapshots to keep, 1..=16; older ones are removed.
+    #[arg(long, value_name = "N", env = "ARC_SNAPSHOT_KEEP", default_value_t = 2)]
+    pub snapshot_keep: u16,
+    /// Most bytes of snapshots to hold, on the disk or in memory. A snapshot that does not fit is refused. Room is needed
+    /// for one more than are kept.
+    #[arg(
+        long,
+        value_name = "BYTES",
+        env = "ARC_SNAPSHOT_LIMIT_BYTES",
+        default_value_t = 8 << 30
+    )]
+    pub snapshot_limit_bytes: u64,
+}
+
+impl SnapshotArgs {
+    /// Checks ranges.
+    ///
+    /// # Errors
+    /// The first setting outside its range.
+    pub fn validate(&self) -> Result<(), SettingError> {
+        let most = MAX_LISTED_SNAPSHOTS - 1;
+        let advice =
+            "it is how far back a job can go if the newest snapshot is damaged; 2 is usual";
+        require(
+            (1..=most).contains(&usize::from(self.snapshot_keep)),
+            "snapshot_keep",
+            self.snapshot_keep,
+            "1 to 16",
+            advice,
+        )?;
+        let advice = "it is in bytes: a shard's share of parameters, optimizer and feedback state of all workers, times one more than --snapshot-keep";
+        require(
+            self.snapshot_limit_bytes >= 1 << 20,
+            "snapshot_limit_bytes",
+            self.snapshot_limit_bytes,
+            "1048576 or more",
+            advice,
+        )
+    }
 }
 
 impl ShardArgs {
@@ -165,7 +218,8 @@ impl ShardArgs {
             self.min_workers,
             "1 to workers",
             advice,
-        )
+        )?;
+        self.snapshots.validate()
     }
 }
 

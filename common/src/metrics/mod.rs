@@ -94,6 +94,15 @@ labels!(
     }
 );
 labels!(
+    /// What became of certificate files that were changed (label `outcome`).
+    CertificateRenewal {
+        /// New connections see them.
+        Taken = "taken",
+        /// They cannot be used; those from before stay in use.
+        Refused = "refused",
+    }
+);
+labels!(
     /// How a step ended (label `outcome`).
     StepEnd {
         /// The update was applied.
@@ -116,6 +125,33 @@ labels!(
     }
 );
 
+labels!(
+    /// What is asked of the snapshot store (label `request`).
+    StoreRequestKind {
+        /// Keep a piece.
+        Put = "put",
+        /// Send a piece.
+        Get = "get",
+        /// Say what there is.
+        List = "list",
+        /// Keep a snapshot.
+        Commit = "commit",
+        /// Nothing that could be read.
+        Unreadable = "unreadable",
+    }
+);
+labels!(
+    /// How a request of the snapshot store ended (label `outcome`).
+    StoreOutcome {
+        /// As asked.
+        Done = "done",
+        /// It broke a rule or a limit.
+        Refused = "refused",
+        /// The disk failed, the bytes were not those announced, or the peer went.
+        Failed = "failed",
+    }
+);
+
 impl Traffic {
     /// Where a whole frame's body is counted, if its parts are not told apart.
     #[must_use]
@@ -126,7 +162,11 @@ impl Traffic {
             FrameKind::Values | FrameKind::Mean | FrameKind::Sparse | FrameKind::SparseMean => {
                 Self::Values
             }
-            FrameKind::Dense | FrameKind::DenseMean => Self::Dense,
+            FrameKind::Dense
+            | FrameKind::DenseMean
+            | FrameKind::Estimates
+            | FrameKind::Restore
+            | FrameKind::EstimatesMean => Self::Dense,
         }
     }
 }

@@ -19,7 +19,13 @@ pub struct ShardMetrics {
     lost_workers: IntCounter,
     refusals: IntCounterVec,
     failed_handshakes: IntCounter,
+    certificate_expiry: IntGauge,
+    certificate_renewals: IntCounterVec,
     straggler_wait_seconds: prometheus::CounterVec,
+    snapshots: IntGauge,
+    snapshot_bytes: IntGauge,
+    snapshot_requests: IntCounterVec,
+    snapshot_transfer_bytes: IntCounterVec,
 }
 
 shared_methods!(ShardMetrics, Flow::Down, Flow::Up);
@@ -74,6 +80,15 @@ impl ShardMetrics {
                 "arc_failed_handshakes_total",
                 "Connections that ended in the TLS handshake: wrong certificate, authority or protocol",
             ),
+            certificate_expiry: r.count(
+                "arc_certificate_expiry_timestamp_seconds",
+                "End of the validity of the certificate shown to workers, Unix time",
+            ),
+            certificate_renewals: r.counters(
+                "arc_certificate_renewals_total",
+                "Changes of the certificate files while the shard runs, by outcome",
+                &["outcome"],
+            ),
             straggler_wait_seconds: r.add(prometheus::CounterVec::new(
                 Opts::new(
                     "arc_straggler_wait_seconds_total",
@@ -81,18 +96,51 @@ impl ShardMetrics {
                 ),
                 &["rank"],
             )),
+            snapshots: r.count("arc_snapshots", "Snapshots of which this shard holds pieces"),
+            snapshot_bytes: r.count("arc_snapshot_bytes", "Bytes of snapshots that this shard holds"),
+            snapshot_requests: r.counters(
+                "arc_snapshot_requests_total",
+                "Requests to the snapshot store, by kind and outcome",
+                &["request", "outcome"],
+            ),
+            snapshot_transfer_bytes: r.counters(
+                "arc_snapshot_transfer_bytes_total",
+                "Bytes of snapshots that came (up) and went (down)",
+                &["direction"],
+            ),
             registry: r.0,
         };
         RoundOutcome::ALL
             .iter()
             .for_each(|outcome| drop(metrics.rounds.with_label_values(&[outcome.label()])));
+        CertificateRenewal::ALL.iter().for_each(|outcome| {
+            drop(
+                metrics
+                    .certificate_renewals
+                    .with_label_values(&[outcome.label()]),
+            )
+        });
         Flow::ALL.iter().for_each(|flow| {
             drop(
                 metrics
                     .dense_equivalent_bytes
                     .with_label_values(&[flow.label()]),
-            )
+            );
+            drop(
+                metrics
+                    .snapshot_transfer_bytes
+                    .with_label_values(&[flow.label()]),
+            );
         });
+        for request in StoreRequestKind::ALL {
+            for outcome in StoreOutcome::ALL {
+                drop(
+                    metrics
+                        .snapshot_requests
+                        .with_label_values(&[request.label(), outcome.label()]),
+                );
+            }
+        }
         metrics
     }
 
@@ -142,10 +190,44 @@ impl ShardMetrics {
         self.failed_handshakes.inc();
     }
 
+    /// The certificate in use ends at this Unix time, seconds.
+    pub fn set_certificate_expiry(&self, timestamp: u64) {
+        self.certificate_expiry
+            .set(i64::try_from(timestamp).unwrap_or(i64::MAX));
+    }
+
+    /// The certificate files were changed.
+    pub fn certificate_renewed(&self, outcome: CertificateRenewal) {
+        self.certificate_renewals
+            .with_label_values(&[outcome.label()])
+            .inc();
+    }
+
     /// The others waited for `rank`.
     pub fn waited(&self, rank: u16, seconds: f64) {
         self.straggler_wait_seconds
             .with_label_values(&[&peer_label(rank)])
             .inc_by(seconds.max(0.0));
+    }
+
+    /// Snapshots held now, and their bytes.
+    pub fn set_snapshots(&self, snapshots: usize, bytes: u64) {
+        self.snapshots.set(snapshots as i64);
+        self.snapshot_bytes
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
+    }
+
+    /// A request to the snapshot store ended.
+    pub fn store_request(&self, request: StoreRequestKind, outcome: StoreOutcome) {
+        self.snapshot_requests
+            .with_label_values(&[request.label(), outcome.label()])
+            .inc();
+    }
+
+    /// Bytes of snapshots came or went.
+    pub fn add_store_bytes(&self, flow: Flow, bytes: u64) {
+        self.snapshot_transfer_bytes
+            .with_label_values(&[flow.label()])
+            .inc_by(bytes);
     }
 }

@@ -4,9 +4,10 @@ use super::*;
 use prometheus::proto::MetricType;
 
 /// Gauges that count or measure something without a unit.
-const UNITLESS: [&str; 10] = [
+const UNITLESS: [&str; 11] = [
     "arc_build_info",
     "arc_members",
+    "arc_snapshots",
     "arc_world_size",
     "arc_epoch",
     "arc_open_rounds",
@@ -118,5 +119,6 @@ fn bytes_are_told_apart_from_the_start() {
     );
     assert!(text.contains("arc_communication_bytes_total{direction=\"up\",kind=\"sketch\"} 0\n"));
     assert!(text.contains("arc_rounds_total{outcome=\"non_finite\"} 0\n"));
+    assert!(text.contains("arc_certificate_renewals_total{outcome=\"refused\"} 0\n"));
     assert!(text.contains("arc_build_info{component=\"shard\",version="));
 }

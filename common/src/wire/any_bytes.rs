@@ -2,8 +2,9 @@
 //! accepted has exactly one encoding. The fuzz targets and `tests/fuzz_corpus.rs` call these functions.
 
 use super::{
-    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, RoundShape, decode_roster,
-    decode_selection, encode_roster, encode_selection,
+    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, Manifest, PART_HEADER_BYTES,
+    PieceMeta, RoundShape, StoreRequest, StoreResponse, decode_roster, decode_selection,
+    encode_roster, encode_selection,
 };
 use crate::config::AlgorithmConfig;
 use crate::config::algorithm::{Compressor, SelectionPolicy, ValueType};
@@ -48,6 +49,27 @@ fn rounds(plan: &Plan) {
                 }
             }
         }
+    }
+}
+
+/// A message of the snapshot store, and its files.
+///
+/// # Panics
+/// If an accepted message or file has another encoding.
+pub fn store(bytes: &[u8]) {
+    if let Ok(message) = StoreRequest::decode(bytes) {
+        assert_eq!(message.encode(), bytes, "a request has one encoding");
+    }
+    if let Ok(message) = StoreResponse::decode(bytes) {
+        assert_eq!(message.encode(), bytes, "a response has one encoding");
+    }
+    if let Ok(manifest) = Manifest::from_file_bytes(bytes) {
+        assert_eq!(manifest.file_bytes(), bytes, "a manifest has one file");
+    }
+    if let Some(header) = bytes.first_chunk::<PART_HEADER_BYTES>()
+        && let Ok(meta) = PieceMeta::from_file_header(header)
+    {
+        assert_eq!(&meta.file_header(), header, "a piece has one header");
     }
 }
 

@@ -4,6 +4,8 @@ use crate::config::TransportConfig;
 use crate::error::{TransportError, connection_error};
 use crate::identity::Identity;
 use crate::tls;
+use arc_topk_common::wire::{ALPN, STORE_ALPN};
+use quinn::crypto::rustls::HandshakeData;
 use quinn::{Connection, Endpoint};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io;
@@ -14,23 +16,101 @@ use std::time::Duration;
 /// Code with which a worker closes a connection when it leaves in order. A shard that sees it treats the
 /// end as a leave even if the connection's end overtakes the Leave message.
 pub const LEAVE_CODE: u32 = 0x1ea5e;
+/// Code with which a worker closes a connection that it replaces by another one: it has not ended and will be back.
+pub const REDIAL_CODE: u32 = 0x2ed1a;
 
-/// Listens on `address` for peers with a worker certificate of the identity's CA. Port 0 takes a free one
-/// ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants more.
-/// Must be called inside a tokio runtime.
+/// What a connection is for. The handshake says it (ALPN), so both share an endpoint and nothing else.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Service {
+    /// Membership and rounds.
+    Training,
+    /// The snapshot store.
+    Store,
+}
+
+impl Service {
+    /// All that a shard offers.
+    pub const ALL: [Self; 2] = [Self::Training, Self::Store];
+
+    /// Its name in the handshake.
+    #[must_use]
+    pub fn alpn(self) -> &'static [u8] {
+        match self {
+            Self::Training => ALPN,
+            Self::Store => STORE_ALPN,
+        }
+    }
+
+    /// What `connection` is for. `None` only for one that this program's endpoints would not have let in.
+    #[must_use]
+    pub fn of(connection: &Connection) -> Option<Self> {
+        let data = connection
+            .handshake_data()?
+            .downcast::<HandshakeData>()
+            .ok()?;
+        let protocol = data.protocol?;
+        Self::ALL
+            .into_iter()
+            .find(|service| service.alpn() == protocol)
+    }
+}
+
+/// A listening endpoint whose certificate can be replaced.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: Endpoint,
+    /// What it listens with. Kept whole, so that an address that is about to show that it exists (a retry) is still
+    /// believed after a replacement.
+    server: quinn::ServerConfig,
+}
+
+impl Listener {
+    /// Listens on `address` for peers with a worker certificate of one of the identity's authorities. Port 0 takes a free
+    /// one ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants
+    /// more. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The port is in use or not of this machine, or a setting is out of range.
+    pub fn bind(
+        address: SocketAddr,
+        identity: &Identity,
+        config: &TransportConfig,
+    ) -> Result<Self, TransportError> {
+        let mut server = quinn::ServerConfig::with_crypto(tls::server(identity)?);
+        server
+            .transport_config(config.server(address.ip().is_loopback())?)
+            .migration(false);
+        let endpoint = endpoint(address, Some(server.clone()), config)?;
+        Ok(Self { endpoint, server })
+    }
+
+    /// The endpoint, to accept from.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Shows `identity` to connections that begin from now on and judges them by it. Those that are there go on.
+    ///
+    /// # Errors
+    /// TLS cannot use it; nothing changes then.
+    pub fn renew(&mut self, identity: &Identity) -> Result<(), TransportError> {
+        self.server.crypto = tls::server(identity)?;
+        self.endpoint.set_server_config(Some(self.server.clone()));
+        Ok(())
+    }
+}
+
+/// [`Listener::bind`] for an endpoint that keeps its certificate.
 ///
 /// # Errors
-/// The port is in use or not of this machine, or a setting is out of range.
+/// As [`Listener::bind`].
 pub fn server_endpoint(
     address: SocketAddr,
     identity: &Identity,
     config: &TransportConfig,
 ) -> Result<Endpoint, TransportError> {
-    let mut server = quinn::ServerConfig::with_crypto(tls::server(identity)?);
-    server
-        .transport_config(config.server(address.ip().is_loopback())?)
-        .migration(false);
-    endpoint(address, Some(server), config)
+    Listener::bind(address, identity, config).map(|listener| listener.endpoint)
 }
 
 /// Grants an accepted peer the window of `config` and `streams` open streams, the control stream among them.
@@ -70,13 +150,10 @@ pub async fn connect(
     connect_resolved(&endpoint, peer, host, identity, config).await
 }
 
-/// Connects to `peer` from `endpoint`; the certificate must name `server_name`.
-///
-/// In TLS 1.3 the server judges this side's certificate after the handshake has ended here, so a refusal
-/// shows on the connection's first use: pass such errors through [`connection_error`].
+/// Connects to `peer` from `endpoint` for training; the certificate must name `server_name`.
 ///
 /// # Errors
-/// A handshake that fails, or no answer within `connect_timeout`.
+/// As [`connect_service`].
 pub async fn connect_resolved(
     endpoint: &Endpoint,
     peer: SocketAddr,
@@ -84,7 +161,26 @@ pub async fn connect_resolved(
     identity: &Identity,
     config: &TransportConfig,
 ) -> Result<Connection, TransportError> {
-    let mut client = quinn::ClientConfig::new(tls::client(identity)?);
+    let service = Service::Training;
+    connect_service(endpoint, peer, server_name, identity, config, service).await
+}
+
+/// Connects to `peer` from `endpoint` for `service`; the certificate must name `server_name`.
+///
+/// In TLS 1.3 the server judges this side's certificate after the handshake has ended here, so a refusal
+/// shows on the connection's first use: pass such errors through [`connection_error`].
+///
+/// # Errors
+/// A handshake that fails, or no answer within `connect_timeout`.
+pub async fn connect_service(
+    endpoint: &Endpoint,
+    peer: SocketAddr,
+    server_name: &str,
+    identity: &Identity,
+    config: &TransportConfig,
+    service: Service,
+) -> Result<Connection, TransportError> {
+    let mut client = quinn::ClientConfig::new(tls::client(identity, service)?);
     client.transport_config(config.client(peer.ip().is_loopback())?);
     let shown = shown(server_name, peer);
     let connecting = endpoint

@@ -7,9 +7,12 @@ use arc_topk_common::wire::{
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream, WriteError};
 use tokio::io::AsyncReadExt;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Memory that a claimed length alone obtains; more is taken as bytes arrive.
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
+/// Name for errors.
+const CONTROL: &str = "a control message";
 
 /// The control stream of a session.
 #[derive(Debug)]
@@ -88,13 +91,7 @@ impl ControlSender {
     /// # Errors
     /// The stream or connection has ended.
     pub async fn send(&mut self, message: &Control) -> Result<(), TransportError> {
-        let body = message.encode();
-        let mut bytes = BytesMut::with_capacity(CONTROL_LENGTH_BYTES + body.len());
-        let length = u32::try_from(body.len()).expect("control messages are below 16 MiB");
-        bytes.put_u32_le(length);
-        bytes.put_slice(&body);
-        let sent = self.stream.write_chunk(bytes.freeze()).await;
-        sent.map_err(|e| write_error(&self.peer, &e))
+        write_message(&mut self.stream, &message.encode(), &self.peer).await
     }
 
     /// Says that nothing more follows, and waits until the peer has received everything.
@@ -127,28 +124,109 @@ impl ControlReceiver {
     /// # Errors
     /// A message above its limit or one that does not parse; the stream or connection has ended inside one.
     pub async fn recv(&mut self) -> Result<Option<Control>, TransportError> {
-        let mut length = [0; CONTROL_LENGTH_BYTES];
-        if !read_start(
-            &mut self.stream,
-            &mut length,
-            "a control message",
-            &self.peer,
-        )
-        .await?
-        {
-            return Ok(None);
+        match self.claim().await? {
+            Some(claimed) => self.body(claimed).await.map(Some),
+            None => Ok(None),
         }
-        let claimed = u32::from_le_bytes(length) as usize;
-        let body = read_body(
-            &mut self.stream,
-            claimed,
-            MAX_CONTROL_BYTES,
-            "a control message",
-            &self.peer,
-        )
-        .await?;
-        Ok(Some(Control::decode(&body)?))
     }
+
+    /// [`ControlReceiver::recv`] from a peer that is not known yet: a long message waits until `budget` has room for it.
+    ///
+    /// # Errors
+    /// As [`ControlReceiver::recv`].
+    pub async fn recv_within(
+        &mut self,
+        budget: &LongMessages,
+    ) -> Result<Option<Control>, TransportError> {
+        let Some(claimed) = self.claim().await? else {
+            return Ok(None);
+        };
+        let _held_until_it_is_decoded = budget.room_for(claimed).await;
+        self.body(claimed).await.map(Some)
+    }
+
+    /// Length of the message that comes, if one does.
+    async fn claim(&mut self) -> Result<Option<usize>, TransportError> {
+        let mut length = [0; CONTROL_LENGTH_BYTES];
+        let comes = read_start(&mut self.stream, &mut length, CONTROL, &self.peer).await?;
+        let claimed = u32::from_le_bytes(length) as usize;
+        if claimed > MAX_CONTROL_BYTES {
+            return Err(TransportError::TooLong {
+                what: CONTROL,
+                claimed,
+                limit: MAX_CONTROL_BYTES,
+            });
+        }
+        Ok(comes.then_some(claimed))
+    }
+
+    async fn body(&mut self, claimed: usize) -> Result<Control, TransportError> {
+        let limit = MAX_CONTROL_BYTES;
+        let body = read_body(&mut self.stream, claimed, limit, CONTROL, &self.peer).await?;
+        Ok(Control::decode(&body)?)
+    }
+}
+
+/// What control messages longer than 64 KiB may take together while they come. Shorter ones are free: a Hello is longer only
+/// for models of more than a thousand tensors.
+#[derive(Debug)]
+pub struct LongMessages(Semaphore);
+
+impl LongMessages {
+    /// Room for so many bytes, and for at least the longest message.
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        Self(Semaphore::new(bytes.max(MAX_CONTROL_BYTES)))
+    }
+
+    async fn room_for(&self, claimed: usize) -> Option<SemaphorePermit<'_>> {
+        if claimed <= FIRST_ALLOCATION_BYTES {
+            return None;
+        }
+        let bytes = u32::try_from(claimed).unwrap_or(u32::MAX);
+        // It is never closed.
+        self.0.acquire_many(bytes).await.ok()
+    }
+}
+
+/// Sends one message with its length (u32) in front.
+///
+/// # Errors
+/// The stream or connection has ended.
+///
+/// # Panics
+/// If the message has 4 GiB or more: messages are made by this program, which bounds them.
+pub async fn write_message(
+    stream: &mut SendStream,
+    message: &[u8],
+    peer: &str,
+) -> Result<(), TransportError> {
+    let mut bytes = BytesMut::with_capacity(CONTROL_LENGTH_BYTES + message.len());
+    bytes.put_u32_le(u32::try_from(message.len()).expect("messages are below 4 GiB"));
+    bytes.put_slice(message);
+    let sent = stream.write_chunk(bytes.freeze()).await;
+    sent.map_err(|e| write_error(peer, &e))
+}
+
+/// Reads one message that has its length in front; `None` if the peer finished the stream before it. Not cancel-safe.
+/// At most 64 KiB are allocated on the strength of the length alone.
+///
+/// # Errors
+/// A message above `limit` bytes (nothing of it is read then); the stream or connection has ended inside it.
+pub async fn read_message(
+    stream: &mut RecvStream,
+    limit: usize,
+    what: &'static str,
+    peer: &str,
+) -> Result<Option<Bytes>, TransportError> {
+    let mut length = [0; CONTROL_LENGTH_BYTES];
+    if !read_start(stream, &mut length, what, peer).await? {
+        return Ok(None);
+    }
+    let claimed = u32::from_le_bytes(length) as usize;
+    read_body(stream, claimed, limit, what, peer)
+        .await
+        .map(Some)
 }
 
 /// Reads one round frame; `None` if the peer finished the stream before it. Not cancel-safe.
@@ -254,7 +332,9 @@ fn io_error(peer: &str, error: std::io::Error) -> TransportError {
     }
 }
 
-fn read_error(peer: &str, error: &ReadError) -> TransportError {
+/// Says why bytes from `peer` (a name for people) cannot be read.
+#[must_use]
+pub fn read_error(peer: &str, error: &ReadError) -> TransportError {
     match error {
         ReadError::Reset(code) => TransportError::StreamReset {
             code: code.into_inner(),
@@ -269,7 +349,9 @@ fn read_error(peer: &str, error: &ReadError) -> TransportError {
     }
 }
 
-fn write_error(peer: &str, error: &WriteError) -> TransportError {
+/// Says why `peer` (a name for people) takes no bytes.
+#[must_use]
+pub fn write_error(peer: &str, error: &WriteError) -> TransportError {
     match error {
         WriteError::Stopped(code) => TransportError::StreamReset {
             code: code.into_inner(),

@@ -2,7 +2,7 @@
 
 use super::event::SessionId;
 use arc_topk_common::ids::Rank;
-use arc_topk_common::wire::{FrameKind, encode_roster};
+use arc_topk_common::wire::{FrameKind, RoundShape, encode_roster};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -54,7 +54,7 @@ impl Answer {
             non_finite: false,
             body: payload.into(),
             roster_bytes: roster.len() as u16,
-            last: kind != FrameKind::Selection,
+            last: !kind.goes_on(),
             contributors,
             straggler: None,
             asked: BTreeMap::new(),
@@ -80,9 +80,12 @@ impl Held {
     }
 }
 
-/// The answer that was given to frames of this kind, if there is one.
-pub(crate) fn answer_to(answers: &[Answer], up: FrameKind) -> Option<&Answer> {
-    answers.iter().find(|answer| answer.kind == answer_kind(up))
+/// Which answer frames of this kind ask for, if the round has such a phase. (Estimates are asked for only where H is
+/// restored.)
+pub(crate) fn asked_phase(shape: &RoundShape, up: FrameKind) -> Option<usize> {
+    let phase = shape.phase_of(up);
+    let own = shape.phases().get(phase).is_some_and(|p| p.up == up);
+    (own || up == FrameKind::Estimates).then_some(phase)
 }
 
 /// Kind of the answer to a phase.
@@ -91,6 +94,7 @@ pub(crate) fn answer_kind(up: FrameKind) -> FrameKind {
         FrameKind::Sketch => FrameKind::Selection,
         FrameKind::Sparse => FrameKind::SparseMean,
         FrameKind::Values => FrameKind::Mean,
+        FrameKind::Estimates => FrameKind::EstimatesMean,
         _ => FrameKind::DenseMean,
     }
 }

@@ -1,12 +1,13 @@
 //! The rounds of a job: those that are open, and the answers of those that closed lately, for workers that come late.
 
 use super::event::{Action, Observation, Outcome, RoundClosed};
-use super::reply::{Answer, Held, answer_to};
-use super::round::{Accepted, ClosingRules, Frame, Round};
+use super::phase::ClosingRules;
+use super::reply::{Answer, Held, asked_phase};
+use super::round::{Accepted, Frame, Round};
 use super::{Limits, STEP_WINDOW, largest_body};
 use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{FrameHeader, FrameKind, RoundShape};
+use arc_topk_common::wire::{FrameHeader, RoundShape};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
@@ -70,10 +71,10 @@ pub(super) struct Rounds {
     pin: Option<(Step, Duration)>,
     /// Members, for telling complete rounds from partial ones.
     pub(super) members: usize,
-    /// Means that came before the selections that they belong to.
-    held_early: BTreeMap<(Key, Rank), Held>,
-    /// Who told which selection, or holds the same: a mean that it tells belongs to that one.
-    told_selections: BTreeSet<(Key, Rank)>,
+    /// Answers that were told before those that they follow, by phase.
+    held_early: BTreeMap<(Key, Rank, usize), Held>,
+    /// Who told the answer of which phase, or holds the same: what it tells of the next phase belongs to that one.
+    told: BTreeSet<(Key, Rank, usize)>,
     /// It is known where the job is.
     settled: bool,
     /// Update number of each step of the window and the one before, and who named it first.
@@ -107,7 +108,7 @@ impl Rounds {
             pin: None,
             members: 0,
             held_early: BTreeMap::new(),
-            told_selections: BTreeSet::new(),
+            told: BTreeSet::new(),
             settled: false,
             updates: BTreeMap::new(),
             body_limit,
@@ -215,8 +216,10 @@ impl Rounds {
             )));
         }
         // A round that was skipped in its first phase has no second answer: whoever asks for it has missed the skip.
-        let answer = answer_to(&closed.answers, frame.kind)
-            .or_else(|| closed.answers.last().filter(|answer| answer.non_finite));
+        let shape = RoundShape::new(&self.plan, bucket, self.shard, closed.update);
+        let phase = asked_phase(&shape, frame.kind);
+        let skipped = closed.answers.last().filter(|answer| answer.non_finite);
+        let answer = phase.and_then(|phase| closed.answers.get(phase).or(skipped));
         let answer = answer.cloned().ok_or_else(|| {
             Fault::Protocol(format!(
                 "a {:?} frame came for step {step}, bucket {bucket}, which has no such phase: run the same release everywhere",
@@ -238,7 +241,7 @@ impl Rounds {
             return Ok(());
         }
         steps.extend(self.closed.keys().map(|key| key.0));
-        steps.extend(self.held_early.keys().map(|(key, _)| key.0));
+        steps.extend(self.held_early.keys().map(|(key, ..)| key.0));
         if steps.len() < UNSETTLED_STEPS || steps.contains(&step) {
             return Ok(());
         }
@@ -323,8 +326,24 @@ impl Rounds {
         live: &BTreeSet<Rank>,
         rules: &ClosingRules,
     ) -> Option<Due> {
-        let answer = self.open.get_mut(&key)?.advance(now, live, rules)?;
+        let before = self.contributors_before(key);
+        let round = self.open.get_mut(&key)?;
+        let answer = round.advance(now, live, rules, &before)?;
         Some(self.answered(now, key, answer))
+    }
+
+    /// Whose contributions the bucket's last round held; nobody's, if it is not known or does not matter.
+    fn contributors_before(&self, (step, bucket): Key) -> BTreeSet<Rank> {
+        if !self.plan.spec.algorithm.keeps_estimates() {
+            return BTreeSet::new();
+        }
+        let steps = (step.0.saturating_sub(RETAIN_STEPS)..step.0).rev();
+        let closed = steps.filter_map(|step| self.closed.get(&(Step(step), bucket)));
+        let mut rosters = closed.filter_map(|closed| closed.answers.last());
+        // A skipped round has changed nothing.
+        rosters
+            .find(|answer| !answer.non_finite)
+            .map_or_else(BTreeSet::new, |answer| answer.contributors.clone())
     }
 
     fn answered(&mut self, now: Duration, key: Key, answer: Answer) -> Due {
@@ -389,8 +408,8 @@ impl Rounds {
         }
         if self.settled {
             let open = self.step;
-            self.held_early.retain(|(key, _), _| key.0 >= open);
-            self.told_selections.retain(|(key, _)| key.0 >= open);
+            self.held_early.retain(|(key, ..), _| key.0 >= open);
+            self.told.retain(|(key, ..)| key.0 >= open);
         }
     }
 
@@ -411,10 +430,18 @@ impl Rounds {
     ) -> Result<Vec<Due>, Fault> {
         self.check_bucket(header.bucket)?;
         let key = (header.step, header.bucket);
+        let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
         let mut due = Vec::new();
-        due.extend(self.adopt_one(now, header, held, rank)?);
-        if let Some(held) = self.held_early.remove(&(key, rank)) {
+        let mut next = Some(held);
+        while let Some(held) = next {
+            let phase = shape.phase_of(held.kind);
             due.extend(self.adopt_one(now, header, held, rank)?);
+            // Frames of different streams come in any order: the one that follows may be here.
+            next = self
+                .told
+                .contains(&(key, rank, phase))
+                .then(|| self.held_early.remove(&(key, rank, phase + 1)))
+                .flatten();
         }
         Ok(due)
     }
@@ -427,50 +454,44 @@ impl Rounds {
         rank: Rank,
     ) -> Result<Option<Due>, Fault> {
         let key = (header.step, header.bucket);
-        let selection = held.kind == FrameKind::Selection && !held.non_finite;
-        if self.check_held(key, &held, rank)? {
-            if selection {
-                self.told_selections.insert((key, rank));
-            }
-            return Ok(None);
-        }
+        let known = self.check_held(key, &held, rank)?;
         if self.settled && header.step.0 > *self.window().end() {
             return Err(Fault::Differs(format!(
                 "rank {rank} holds an answer to step {}, but the job is at step {}: it went another way while that one was cut off; join again",
                 header.step, self.step
             )));
         }
-        self.check_update(header, rank).map_err(Fault::Differs)?;
-        self.check_room(header.step)?;
-        if !self.open.contains_key(&key) {
+        if !known {
+            self.check_update(header, rank).map_err(Fault::Differs)?;
+            self.check_room(header.step)?;
+        }
+        if !known && !self.open.contains_key(&key) {
             if header.step < self.step {
                 // Older than what is kept: nobody can ask for it.
                 return Ok(None);
             }
             let round = self.new_round(now, header);
             self.open.insert(key, round);
+            self.updates
+                .entry(header.step)
+                .or_insert((header.update, rank));
         }
-        self.updates
-            .entry(header.step)
-            .or_insert((header.update, rank));
-        let Some(round) = self.open.get_mut(&key) else {
+        let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
+        let phase = shape.phase_of(held.kind);
+        // An answer belongs to the one before it that its teller holds, which may be another one than that which is here.
+        if !known && phase > 0 && !self.told.contains(&(key, rank, phase - 1)) {
+            self.held_early.insert((key, rank, phase), held);
+            return Ok(None);
+        }
+        if held.kind.goes_on() && !held.non_finite {
+            self.told.insert((key, rank, phase));
+        }
+        let Some(round) = self.open.get_mut(&key).filter(|_| !known) else {
             return Ok(None);
         };
-        // Frames of different streams come in any order. A mean belongs to the selection that its teller holds, which may
-        // be another one than that which is here.
-        if round.is_two_phased()
-            && held.kind == FrameKind::Mean
-            && !self.told_selections.contains(&(key, rank))
-        {
-            self.held_early.insert((key, rank), held);
-            return Ok(None);
-        }
         let adopted = round
             .adopt(now, held)
             .map_err(|error| Fault::Protocol(error.to_string()))?;
-        if selection {
-            self.told_selections.insert((key, rank));
-        }
         Ok(adopted.map(|answer| self.answered(now, key, answer)))
     }
 
@@ -483,10 +504,15 @@ impl Rounds {
             (None, Some(round)) => round.answers(),
             (None, None) => &[],
         };
-        let same = here.iter().find(|answer| answer.kind == held.kind);
-        match same {
+        let shape = |update| RoundShape::new(&self.plan, bucket, self.shard, update);
+        let phase = match (closed, self.open.get(&key)) {
+            (Some(closed), _) => shape(closed.update).phase_of(held.kind),
+            (None, Some(round)) => round.phase_of(held.kind),
+            (None, None) => return Ok(false),
+        };
+        match here.get(phase) {
             Some(answer) if held.agrees(answer) => Ok(true),
-            // What closed without an answer of this kind was skipped before it came to that.
+            // What closed without an answer of this phase was skipped before it came to that.
             None if closed.is_none() => Ok(false),
             _ => Err(Fault::Differs(format!(
                 "rank {rank} holds another answer to step {step}, bucket {bucket} than the others: it was cut off while shard {} restarted, and the job went on without it; join again",
@@ -499,7 +525,7 @@ impl Rounds {
     pub(super) fn begin(&mut self) {
         self.settled = true;
         self.held_early.clear();
-        self.told_selections.clear();
+        self.told.clear();
     }
 
     /// The shard has been told everything: the job is at `step`. Whoever asked for an answer of an earlier one that

@@ -17,7 +17,8 @@ use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, T
 use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::metrics::WorkerMetrics;
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_transport::Identity;
+use arc_topk_transport::IdentitySource;
+use arc_topk_transport::certs::Role;
 use clap::Args;
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,7 +120,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
 impl TrainCommand {
     fn net_config(&self) -> Result<NetConfig, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
-        let identity = Identity::load_files(&ca, &cert, &key)?;
+        let identity = IdentitySource::files(&ca, &cert, &key, Role::Worker)?;
         let mut message = |text: &str| tracing::warn!("{text}");
         let point = resume_point(&self.train, self.peers.rank, &mut message);
         let point = point.map_err(TrainError::from)?;
@@ -131,6 +132,7 @@ impl TrainCommand {
             world: self.peers.workers,
             connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
             progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
+            reconnect_timeout: Duration::from_secs_f64(self.peers.reconnect_timeout_seconds),
             observer: Some(Arc::new(log_event)),
             ..NetConfig::new(&self.common.job, &self.peers.shard_addresses, identity)
         })
@@ -145,19 +147,11 @@ fn log_event(event: &NetEvent) {
         NetEvent::Waiting { joined, world } => {
             tracing::info!(joined, world, "waiting for the other workers")
         }
-        NetEvent::Membership {
-            shard,
-            members,
-            reason,
-            ..
-        } => {
-            tracing::warn!(
-                shard = shard.0,
-                live = members.len(),
-                reason,
-                "workers have changed"
-            );
-        }
+        // The session logs these itself.
+        NetEvent::Membership { .. }
+        | NetEvent::ShardLost { .. }
+        | NetEvent::ShardBack { .. }
+        | NetEvent::DigestsDiffer { .. } => {}
     }
 }
 

@@ -4,6 +4,9 @@ use super::{ImportError, Progress, StepMachine};
 use arc_topk_common::ids::Step;
 use std::collections::BTreeMap;
 
+/// The array of feedback state that is equal on all workers: H of ef21 and ef21m.
+pub const SHARED_ARRAY: &str = "global";
+
 /// Everything that a worker must keep to continue to the bit.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct WorkerState {
@@ -64,6 +67,19 @@ impl StepMachine {
                 }
                 imports.push((tensor.id, array, values));
             }
+            for (array, expected) in self.backend.optional_lengths(tensor.id) {
+                let name = tensor.spec.name.clone();
+                let values = saved.remove(&array_name(array, &name)).unwrap_or_default();
+                if !values.is_empty() && values.len() != expected {
+                    return Err(ImportError::Length {
+                        array,
+                        tensor: name,
+                        expected,
+                        actual: values.len(),
+                    });
+                }
+                imports.push((tensor.id, array, values));
+            }
         }
         if let Some((name, _)) = saved.pop_first() {
             return Err(ImportError::Unknown { name });
@@ -74,6 +90,7 @@ impl StepMachine {
         self.step = state.step;
         self.update = state.update;
         self.progress = Progress::Idle;
+        self.kept.clear();
         Ok(())
     }
 }

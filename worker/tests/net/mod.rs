@@ -11,6 +11,7 @@ use arc_topk_common::ids::{ShardId, TensorId};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::{ShardConfig, Status};
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{Authority, CertRequest, Role};
 use arc_topk_transport::{Identity, TransportConfig};
 use arc_topk_worker::reducer::{ReduceError, Reducer};
@@ -79,7 +80,7 @@ impl Job {
         ServeOptions {
             listen,
             admin: None,
-            identity: Identity::load(&self.place("shard")).unwrap(),
+            identity: Identity::load(&self.place("shard")).unwrap().into(),
             transport: transport(),
             shard: ShardConfig {
                 shard: ShardId(shard),
@@ -89,6 +90,7 @@ impl Job {
                 min_workers: 1,
             },
             chaos_delay: Duration::ZERO,
+            store: StoreOptions::default(),
             timeouts: Timeouts {
                 hello: patience,
                 header: patience,
