@@ -341,6 +341,10 @@ impl<'a> Job<'a> {
             .arg(format!("--rank={rank}"))
             .arg(format!("--workers={}", spec.workers))
             .arg("--admin=off");
+        if spec.restart == RestartPolicy::Never {
+            // Long enough for a connection, too short to wait for what nobody starts again.
+            command.arg("--reconnect-timeout-seconds=10");
+        }
         command
     }
 

@@ -274,7 +274,7 @@ fn a_job_goes_on_with_as_many_workers_to_the_bit() {
 fn residuals_are_conserved_with_another_number_of_workers() {
     let shelf = Arc::default();
     let old = job(
-        "--steps 6 --snapshot-every 3",
+        "--steps 6 --snapshot-every 6",
         Feedback::Ef14,
         4,
         RUN,
@@ -309,7 +309,7 @@ fn residuals_are_conserved_with_another_number_of_workers() {
 fn estimates_become_the_mean_with_another_number_of_workers() {
     for feedback in [Feedback::Ef21, Feedback::Ef21m] {
         let shelf = Arc::default();
-        let old = job("--steps 6 --snapshot-every 3", feedback, 4, RUN, &shelf);
+        let old = job("--steps 6 --snapshot-every 6", feedback, 4, RUN, &shelf);
         close(&mean(&old, "global"), &mean(&old, "local"));
         for world in [3, 6] {
             let new = job(
