@@ -46,6 +46,10 @@ impl Shard {
         let Some(rank) = job.members.rank(session) else {
             return;
         };
+        // A digest follows its steps. (A shard that owns nothing of any bucket sees no steps.)
+        if job.rounds.buckets_here() > 0 && step > job.rounds.step() {
+            return;
+        }
         let table = &mut job.digests.0;
         table.entry(step).or_default().insert(rank, digest);
         let wanted = job.members.iter().filter(|(_, m)| {

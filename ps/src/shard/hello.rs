@@ -135,6 +135,15 @@ impl Shard {
                 );
                 return refuse(RefusalCode::Rank, detail);
             }
+            Intent::Member { place, .. }
+                if place.members.iter().any(|rank| rank.0 >= place.next_rank) =>
+            {
+                let detail = format!(
+                    "a rank among the members is not below {}, the next one to be given: run the same release everywhere",
+                    place.next_rank
+                );
+                return refuse(RefusalCode::Rank, detail);
+            }
             Intent::Member { step, .. } => *step,
         };
         if step > LAST_START_STEP {
@@ -215,8 +224,12 @@ impl Shard {
             step,
             waited,
         } = *newcomer;
-        job.members
-            .learn(place.epoch, place.next_rank, &place.members);
+        if self.config.shard == ShardId(0) && job.is_running() {
+            job.members.outgrow(place.epoch, place.next_rank);
+        } else {
+            job.members
+                .learn(place.epoch, place.next_rank, &place.members);
+        }
         let rank = place.rank;
         let back = job.members.get(rank).and_then(|member| match member.link {
             Link::Away { since, .. } => Some(now.saturating_sub(since)),
@@ -284,6 +297,7 @@ impl Shard {
                 job.life = Life::Recovering(Recovery::new(now));
                 job.rounds = Rounds::new(job.plan.clone(), self.config.shard, Step(0));
                 self.observe_recovery(newcomer.place, out);
+                self.refuse_the_inelastic(out);
                 Ok(())
             }
             Some(job) if self.config.shard == ShardId(0) || job.members.connected_count() > 0 => {
@@ -320,6 +334,14 @@ impl Shard {
         };
         let (rank, place) = (newcomer.place.rank, newcomer.place);
         let superseded = |detail: String| Err(Refusal(RefusalCode::Superseded, detail));
+        let last = *job.rounds.window().end();
+        if job.is_running() && job.rounds.buckets_here() > 0 && newcomer.step.0 > last {
+            return superseded(format!(
+                "rank {rank} is at step {}, but the job is at step {} and went another way while it was cut off: join again",
+                newcomer.step,
+                job.rounds.step()
+            ));
+        }
         if let Some(member) = job.members.get(rank) {
             let other = member
                 .incarnation

@@ -5,18 +5,20 @@
 //! on all workers, into the store at the end of its step. The newcomer then gets the next rank and the snapshot's step; it
 //! fetches the snapshot, replays the answers of the steps since, and says when rounds are to wait for it.
 
-use super::event::{Action, Observation, SessionId};
+use super::event::{Action, Observation, SessionId, ShardConfig};
 use super::hello::Refusal;
 use super::leaving::MEMBER_TIMEOUT;
 use super::members::Waited;
 use super::{Life, Shard};
 use arc_topk_common::ids::{Epoch, Rank, RunId, Step};
+use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::{Control, Hello, Intent, MAX_WORLD, RefusalCode, Welcome};
 use core::time::Duration;
 use std::collections::BTreeMap;
 
 /// How long a donor may take before another one is asked.
 const DONOR_TIMEOUT: Duration = Duration::from_secs(60);
+const RUNS_ALREADY: &str = "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends";
 
 /// A worker that wants a place.
 #[derive(Clone, Debug)]
@@ -60,14 +62,10 @@ impl Shard {
             donor: None,
         };
         self.check_plan(hello)?;
-        self.check_applicant(&applicant)?;
-        if self.job.is_none() {
-            self.job = Some(self.new_job(&hello.plan, start_step, Life::Gathering)?);
-        }
-        let Some(job) = &mut self.job else {
+        self.gather(applicant, &hello.plan)?;
+        let Some(job) = &self.job else {
             return Ok(());
         };
-        job.applicants.push(applicant);
         let joined = (job.applicants.len() + job.members.connected_count()) as u16;
         out.push(Action::Observe(Observation::Joined {
             session,
@@ -91,10 +89,7 @@ impl Shard {
             return if applicant.elastic {
                 Ok(())
             } else {
-                Err(Refusal(
-                    RefusalCode::World,
-                    "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends".to_owned(),
-                ))
+                Err(Refusal(RefusalCode::World, RUNS_ALREADY.to_owned()))
             };
         }
         self.check_asked(applicant)?;
@@ -168,6 +163,7 @@ impl Shard {
             });
         job.run = run;
         job.life = Life::Running;
+        job.rounds.begin();
         let given = give_ranks(&applicants);
         let ranks: Vec<Rank> = given.keys().copied().collect();
         job.members.learn(Epoch(1), world, &ranks);
@@ -189,14 +185,13 @@ impl Shard {
 
     /// Asks donors for those that wait, while there is room.
     pub(super) fn attend_applicants(&mut self, now: Duration, out: &mut Vec<Action>) {
-        let max = usize::from(self.config.max_workers.max(self.config.world));
         let Some(job) = &mut self.job else {
             return;
         };
         if job.applicants.is_empty() || !job.is_running() {
             return;
         }
-        let room = max.saturating_sub(job.members.connected_count());
+        let room = job.room(&self.config);
         let members = &job.members;
         let can_donate = |rank: Rank| {
             members.get(rank).is_some_and(|member| {
@@ -224,6 +219,10 @@ impl Shard {
             applicant.donor = next.map(|rank| (*rank, now));
             asked.extend(next.map(|rank| (*rank, true)));
         }
+        // Those beyond lost their room to members that came back.
+        for applicant in job.applicants.iter_mut().skip(room) {
+            applicant.donor = None;
+        }
         for rank in asked.into_keys() {
             if let Some(session) = job.members.session(rank) {
                 out.push(Action::Control {
@@ -248,14 +247,76 @@ impl Shard {
         let Some(donor) = job.members.rank(session) else {
             return;
         };
-        job.rounds.pin(now, step);
         let helped = |applicant: &Applicant| applicant.donor.is_some_and(|(rank, _)| rank == donor);
-        let (served, rest) = core::mem::take(&mut job.applicants)
-            .into_iter()
-            .partition(helped);
-        job.applicants = rest;
+        // A coordinator that was restarted meanwhile, or those that waited are gone: nobody asks for it any more.
+        if !job.is_running() || !job.applicants.iter().any(helped) {
+            return;
+        }
+        let seen = job.rounds.buckets_here() > 0;
+        if step > super::LAST_START_STEP || seen && step > job.rounds.step() {
+            let detail = format!(
+                "rank {donor} gives a snapshot of step {step}, but the job is at step {}: run the same release everywhere",
+                job.rounds.step()
+            );
+            return self.violation(now, session, detail, out);
+        }
+        job.rounds.pin(now, step);
+        // Members that came back meanwhile have taken their room.
+        let mut room = job.room(&self.config);
+        let mut served = Vec::new();
+        for mut applicant in core::mem::take(&mut job.applicants) {
+            if helped(&applicant) && room > 0 {
+                room -= 1;
+                served.push(applicant);
+            } else {
+                applicant.donor = applicant.donor.filter(|(rank, _)| *rank != donor);
+                job.applicants.push(applicant);
+            }
+        }
         for applicant in served {
             self.admit(now, &applicant, step, out);
+        }
+    }
+
+    /// The job begins anew with those that wait, as if they had come now.
+    pub(super) fn start_anew(
+        &mut self,
+        now: Duration,
+        applicants: Vec<Applicant>,
+        spec: &PlanSpec,
+        out: &mut Vec<Action>,
+    ) {
+        for mut applicant in applicants {
+            applicant.donor = None;
+            if let Err(Refusal(code, detail)) = self.gather(applicant.clone(), spec) {
+                super::refuse(applicant.session, code, &detail, out);
+            }
+        }
+        self.start_or_wait(now, out);
+    }
+
+    /// Takes in one that wants a place.
+    fn gather(&mut self, applicant: Applicant, spec: &PlanSpec) -> Result<(), Refusal> {
+        self.check_applicant(&applicant)?;
+        if self.job.is_none() {
+            self.job = Some(self.new_job(spec, applicant.start, Life::Gathering)?);
+        }
+        if let Some(job) = &mut self.job {
+            job.applicants.push(applicant);
+        }
+        Ok(())
+    }
+
+    /// The job runs already: those that wait and cannot take their state from a snapshot are refused.
+    pub(super) fn refuse_the_inelastic(&mut self, out: &mut Vec<Action>) {
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let refused = job
+            .applicants
+            .extract_if(.., |applicant| !applicant.elastic);
+        for applicant in refused {
+            super::refuse(applicant.session, RefusalCode::World, RUNS_ALREADY, out);
         }
     }
 
@@ -341,6 +402,12 @@ impl Shard {
 }
 
 impl super::Job {
+    /// Workers that may come in.
+    fn room(&self, config: &ShardConfig) -> usize {
+        let max = usize::from(config.max_workers.max(config.world));
+        max.saturating_sub(self.members.connected_count())
+    }
+
     pub(super) fn applicants_deadline(&self) -> Option<Duration> {
         let donors = self
             .applicants

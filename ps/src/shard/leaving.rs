@@ -5,8 +5,8 @@
 //! after [`MEMBER_TIMEOUT`]; then it must join again.
 
 use super::event::{Action, Observation, SessionId};
-use super::{Job, Life, Shard};
-use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
+use super::{Job, Shard};
+use arc_topk_common::ids::{Epoch, Rank, ShardId};
 use arc_topk_common::wire::{Control, RefusalCode};
 use core::time::Duration;
 
@@ -117,14 +117,7 @@ impl Shard {
         let applicants = core::mem::take(&mut job.applicants);
         let spec = job.plan.spec.clone();
         self.forget_job(out);
-        if applicants.is_empty() {
-            return;
-        }
-        // The plan was built before, from the same spec.
-        if let Ok(job) = self.new_job(&spec, Step(0), Life::Gathering) {
-            self.job = Some(Job { applicants, ..job });
-            self.start_or_wait(now, out);
-        }
+        self.start_anew(now, applicants, &spec, out);
     }
 
     /// Shard 0: members that have been away too long, and jobs of which nobody has come back.
@@ -132,14 +125,14 @@ impl Shard {
         let Some(job) = &self.job else {
             return;
         };
-        if job.removal_deadline().is_none_or(|due| now < due) {
+        if job
+            .removal_deadline(self.config.shard)
+            .is_none_or(|due| now < due)
+        {
             return;
         }
         if job.members.connected_count() == 0 {
             return self.end_of_members(now, out);
-        }
-        if self.config.shard != ShardId(0) {
-            return;
         }
         let lost: Vec<Rank> = job
             .members
@@ -208,10 +201,12 @@ impl Shard {
 
 impl Job {
     /// When a member, or the job, has been gone too long.
-    pub(super) fn removal_deadline(&self) -> Option<Duration> {
+    pub(super) fn removal_deadline(&self, shard: ShardId) -> Option<Duration> {
         let away = self.members.away().map(|(_, since)| since);
         if self.members.connected_count() > 0 {
-            return Some(away.min()? + MEMBER_TIMEOUT);
+            // The other shards are told.
+            let coordinates = shard == ShardId(0);
+            return Some(away.min().filter(|_| coordinates)? + MEMBER_TIMEOUT);
         }
         let patience = if self.applicants.is_empty() {
             JOB_TIMEOUT

@@ -11,6 +11,9 @@ use std::collections::{BTreeMap, BTreeSet};
 /// below the 5 s that a lost worker may cost.
 pub const RETURN_GRACE: Duration = Duration::from_secs(1);
 
+/// Changes of the membership that a restarted coordinator may not have been told.
+const EPOCHS_MISSED: u32 = 1024;
+
 /// How a member is connected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(super) enum Link {
@@ -241,6 +244,15 @@ impl Members {
         let listed = &self.listed;
         self.table
             .retain(|rank, member| listed.contains(rank) || member.session().is_some());
+    }
+
+    /// Others know of a newer list than shard 0, which was restarted and told too little: its own gets the higher number.
+    /// A number far ahead is a lie.
+    pub(super) fn outgrow(&mut self, epoch: Epoch, next_rank: u16) {
+        if epoch > self.epoch && epoch.0 - self.epoch.0 <= EPOCHS_MISSED {
+            self.epoch = Epoch(epoch.0.saturating_add(1));
+            self.next_rank = self.next_rank.max(next_rank);
+        }
     }
 
     /// The place of `rank`, as far as this shard knows.

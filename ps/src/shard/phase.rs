@@ -83,6 +83,7 @@ impl Phase {
         rules: &ClosingRules,
     ) -> bool {
         if live.is_empty() {
+            self.quorum_since = None;
             return false;
         }
         let came = |rank: &Rank| self.arrived.contains_key(rank) || self.absent.contains_key(rank);

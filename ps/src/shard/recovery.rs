@@ -44,7 +44,10 @@ impl Recovery {
 impl Job {
     pub(super) fn recovery_deadline(&self) -> Option<Duration> {
         match &self.life {
-            Life::Recovering(recovery) => Some(recovery.since + RECOVERY_GRACE),
+            // With nobody there it goes on when somebody comes.
+            Life::Recovering(recovery) if self.members.connected_count() > 0 => {
+                Some(recovery.since + RECOVERY_GRACE)
+            }
             _ => None,
         }
     }
@@ -139,7 +142,7 @@ impl Shard {
                 self.give(due, out);
                 self.told(now, rank, 1, out);
             }
-            Err((rank, fault)) => self.fault(now, rank, fault, out),
+            Err(fault) => self.fault(now, rank, fault, out),
         }
     }
 

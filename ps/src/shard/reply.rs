@@ -2,7 +2,7 @@
 
 use super::event::SessionId;
 use arc_topk_common::ids::Rank;
-use arc_topk_common::wire::{FrameKind, encode_roster};
+use arc_topk_common::wire::{FrameKind, RoundShape, encode_roster};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -78,6 +78,14 @@ impl Held {
     pub(crate) fn agrees(&self, answer: &Answer) -> bool {
         (self.kind, self.non_finite, &self.body) == (answer.kind, answer.non_finite, &answer.body)
     }
+}
+
+/// Which answer frames of this kind ask for, if the round has such a phase. (Estimates are asked for only where H is
+/// restored.)
+pub(crate) fn asked_phase(shape: &RoundShape, up: FrameKind) -> Option<usize> {
+    let phase = shape.phase_of(up);
+    let own = shape.phases().get(phase).is_some_and(|p| p.up == up);
+    (own || up == FrameKind::Estimates).then_some(phase)
 }
 
 /// Kind of the answer to a phase.

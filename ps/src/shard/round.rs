@@ -13,7 +13,7 @@ use super::aggregate::Sum;
 use super::answer::{self, Picked};
 use super::event::{SessionId, Traffic};
 use super::phase::{Arrival, ClosingRules, Folded, Phase};
-use super::reply::{Answer, Held, answer_kind};
+use super::reply::{Answer, Held, answer_kind, asked_phase};
 use super::union::Union;
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::ids::Rank;
@@ -182,7 +182,8 @@ impl Round {
         frame: Frame,
         live: &BTreeSet<Rank>,
     ) -> Result<Accepted, FrameError> {
-        if let Some(answer) = self.answers.get(self.shape.phase_of(frame.kind)) {
+        let asked = asked_phase(&self.shape, frame.kind);
+        if let Some(answer) = asked.and_then(|phase| self.answers.get(phase)) {
             return Ok(Accepted::Late(answer.clone()));
         }
         self.check(&frame)?;

@@ -2,7 +2,7 @@
 
 use super::event::{Action, Observation, Outcome, RoundClosed};
 use super::phase::ClosingRules;
-use super::reply::{Answer, Held};
+use super::reply::{Answer, Held, asked_phase};
 use super::round::{Accepted, Frame, Round};
 use super::{Limits, STEP_WINDOW, largest_body};
 use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
@@ -16,6 +16,9 @@ use std::sync::Arc;
 pub const RETAIN_STEPS: u64 = 8;
 /// How long answers are kept for a worker that joins, after the last sign of it.
 const PIN_TIME: Duration = Duration::from_secs(120);
+
+/// Steps of which there may be rounds while it is not known where the job is. Workers that are not too far apart name six.
+const UNSETTLED_STEPS: usize = 16;
 
 pub(super) type Key = (Step, BucketId);
 
@@ -68,8 +71,12 @@ pub(super) struct Rounds {
     pin: Option<(Step, Duration)>,
     /// Members, for telling complete rounds from partial ones.
     pub(super) members: usize,
-    /// Means that came before the selections that they belong to.
-    held_early: BTreeMap<(Key, Rank), Held>,
+    /// Answers that were told before those that they follow, by phase.
+    held_early: BTreeMap<(Key, Rank, usize), Held>,
+    /// Who told the answer of which phase, or holds the same: what it tells of the next phase belongs to that one.
+    told: BTreeSet<(Key, Rank, usize)>,
+    /// It is known where the job is.
+    settled: bool,
     /// Update number of each step of the window and the one before, and who named it first.
     updates: BTreeMap<Step, (u64, Rank)>,
     body_limit: usize,
@@ -101,6 +108,8 @@ impl Rounds {
             pin: None,
             members: 0,
             held_early: BTreeMap::new(),
+            told: BTreeSet::new(),
+            settled: false,
             updates: BTreeMap::new(),
             body_limit,
         }
@@ -166,6 +175,7 @@ impl Rounds {
         let accepted = if let Some(round) = self.open.get_mut(&key) {
             round.accept(now, frame, live).map_err(protocol)?
         } else {
+            self.check_room(header.step)?;
             let mut round = self.new_round(now, header);
             let accepted = round.accept(now, frame, live).map_err(protocol)?;
             self.open.insert(key, round);
@@ -207,8 +217,9 @@ impl Rounds {
         }
         // A round that was skipped in its first phase has no second answer: whoever asks for it has missed the skip.
         let shape = RoundShape::new(&self.plan, bucket, self.shard, closed.update);
-        let asked = closed.answers.get(shape.phase_of(frame.kind));
-        let answer = asked.or_else(|| closed.answers.last().filter(|answer| answer.non_finite));
+        let phase = asked_phase(&shape, frame.kind);
+        let skipped = closed.answers.last().filter(|answer| answer.non_finite);
+        let answer = phase.and_then(|phase| closed.answers.get(phase).or(skipped));
         let answer = answer.cloned().ok_or_else(|| {
             Fault::Protocol(format!(
                 "a {:?} frame came for step {step}, bucket {bucket}, which has no such phase: run the same release everywhere",
@@ -221,6 +232,23 @@ impl Rounds {
             *until = now + PIN_TIME;
         }
         Ok(Some(answer))
+    }
+
+    /// While it is not known where the job is, members may name any steps, but not many.
+    fn check_room(&self, step: Step) -> Result<(), Fault> {
+        let mut steps: BTreeSet<Step> = self.open.keys().map(|key| key.0).collect();
+        if self.settled || steps.contains(&step) {
+            return Ok(());
+        }
+        steps.extend(self.closed.keys().map(|key| key.0));
+        steps.extend(self.held_early.keys().map(|(key, ..)| key.0));
+        if steps.len() < UNSETTLED_STEPS || steps.contains(&step) {
+            return Ok(());
+        }
+        Err(Fault::Gone(format!(
+            "step {step} is one too many of those that workers name while shard {} is told where the job is: they are too far apart; join again",
+            self.shard
+        )))
     }
 
     fn check_bucket(&self, bucket: BucketId) -> Result<(), Fault> {
@@ -378,6 +406,11 @@ impl Rounds {
             }
             self.retained_bytes -= entry.remove().bytes();
         }
+        if self.settled {
+            let open = self.step;
+            self.held_early.retain(|(key, ..), _| key.0 >= open);
+            self.told.retain(|(key, ..)| key.0 >= open);
+        }
     }
 
     /// Keeps answers from `step` on for a worker that joins.
@@ -394,24 +427,21 @@ impl Rounds {
         header: FrameHeader,
         held: Held,
         rank: Rank,
-    ) -> Result<Vec<Due>, (Rank, Fault)> {
-        let blame = |rank| move |fault| (rank, fault);
-        self.check_bucket(header.bucket).map_err(blame(rank))?;
+    ) -> Result<Vec<Due>, Fault> {
+        self.check_bucket(header.bucket)?;
         let key = (header.step, header.bucket);
+        let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
         let mut due = Vec::new();
-        due.extend(
-            self.adopt_one(now, header, held, rank)
-                .map_err(blame(rank))?,
-        );
-        let early: Vec<_> = self
-            .held_early
-            .extract_if(.., |(place, _), _| *place == key)
-            .collect();
-        for ((_, rank), held) in early {
-            due.extend(
-                self.adopt_one(now, header, held, rank)
-                    .map_err(blame(rank))?,
-            );
+        let mut next = Some(held);
+        while let Some(held) = next {
+            let phase = shape.phase_of(held.kind);
+            due.extend(self.adopt_one(now, header, held, rank)?);
+            // Frames of different streams come in any order: the one that follows may be here.
+            next = self
+                .told
+                .contains(&(key, rank, phase))
+                .then(|| self.held_early.remove(&(key, rank, phase + 1)))
+                .flatten();
         }
         Ok(due)
     }
@@ -424,32 +454,45 @@ impl Rounds {
         rank: Rank,
     ) -> Result<Option<Due>, Fault> {
         let key = (header.step, header.bucket);
-        if self.check_held(key, &held, rank)? {
-            return Ok(None);
+        let known = self.check_held(key, &held, rank)?;
+        if self.settled && header.step.0 > *self.window().end() {
+            return Err(Fault::Differs(format!(
+                "rank {rank} holds an answer to step {}, but the job is at step {}: it went another way while that one was cut off; join again",
+                header.step, self.step
+            )));
         }
-        if !self.open.contains_key(&key) {
+        if !known {
+            self.check_update(header, rank).map_err(Fault::Differs)?;
+            self.check_room(header.step)?;
+        }
+        if !known && !self.open.contains_key(&key) {
             if header.step < self.step {
                 // Older than what is kept: nobody can ask for it.
                 return Ok(None);
             }
             let round = self.new_round(now, header);
             self.open.insert(key, round);
+            self.updates
+                .entry(header.step)
+                .or_insert((header.update, rank));
         }
-        self.updates
-            .entry(header.step)
-            .or_insert((header.update, rank));
-        let Some(round) = self.open.get_mut(&key) else {
+        let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
+        let phase = shape.phase_of(held.kind);
+        // An answer belongs to the one before it that its teller holds, which may be another one than that which is here.
+        if !known && phase > 0 && !self.told.contains(&(key, rank, phase - 1)) {
+            self.held_early.insert((key, rank, phase), held);
+            return Ok(None);
+        }
+        if held.kind.goes_on() && !held.non_finite {
+            self.told.insert((key, rank, phase));
+        }
+        let Some(round) = self.open.get_mut(&key).filter(|_| !known) else {
             return Ok(None);
         };
         let adopted = round
-            .adopt(now, held.clone())
+            .adopt(now, held)
             .map_err(|error| Fault::Protocol(error.to_string()))?;
-        let Some(answer) = adopted else {
-            // Its selection is still on its way: frames of different streams come in any order.
-            self.held_early.insert((key, rank), held);
-            return Ok(None);
-        };
-        Ok(Some(self.answered(now, key, answer)))
+        Ok(adopted.map(|answer| self.answered(now, key, answer)))
     }
 
     /// Whether an answer of this kind is here already.
@@ -478,10 +521,17 @@ impl Rounds {
         }
     }
 
+    /// It is known where the job is.
+    pub(super) fn begin(&mut self) {
+        self.settled = true;
+        self.held_early.clear();
+        self.told.clear();
+    }
+
     /// The shard has been told everything: the job is at `step`. Whoever asked for an answer of an earlier one that
     /// nobody holds cannot go on.
     pub(super) fn settle(&mut self, step: Step) -> BTreeSet<Rank> {
-        self.held_early.clear();
+        self.begin();
         let later = self.open.split_off(&(step, BucketId(0)));
         let dropped = core::mem::replace(&mut self.open, later);
         self.step = self.step.max(step);

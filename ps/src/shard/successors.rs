@@ -9,7 +9,7 @@ use super::event::{Action, SessionId};
 use super::hello::Refusal;
 use super::{JOIN_GRACE, Shard, refuse};
 use arc_topk_common::ids::ShardId;
-use arc_topk_common::wire::{Hello, Intent, MAX_WORLD, RefusalCode};
+use arc_topk_common::wire::{Hello, Intent, RefusalCode};
 use core::time::Duration;
 
 /// A worker that waits for the last start of the job to be over.
@@ -38,7 +38,7 @@ impl Shard {
         let waits = self.config.shard != ShardId(0)
             && another
             && self.check_identity(&hello).is_ok()
-            && self.successors.len() < MAX_WORLD;
+            && self.successors.len() < usize::from(self.config.max_workers.max(self.config.world));
         if !waits {
             return Err(refusal);
         }

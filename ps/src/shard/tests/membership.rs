@@ -134,55 +134,72 @@ fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
     assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
 }
 
-/// Two workers under ef21, which goes on with all or none; one round is open.
-fn ef21(min_workers: u16) -> Bench {
-    let config = ShardConfig {
-        min_workers,
-        ..config(3)
-    };
+/// Three workers under ef21, whose H is the mean of the h of all; the first round, a dense one, is closed.
+fn ef21() -> Bench {
     let algorithm = AlgorithmConfig {
         feedback: Feedback::Ef21,
         ..algorithm(Compressor::Arc)
     };
-    Bench::running_with(config, algorithm)
-}
-
-#[test]
-fn under_ef21_a_lost_worker_ends_the_job() {
-    let mut bench = ef21(1);
-    let actions = bench.lose(1);
-    let told = refusals(&actions);
-    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
-    assert_eq!(
-        told[0].2,
-        "2 of 3 workers are left (rank 1 (host:1) was lost: timed out), and feedback ef21 and ef21m need all to the end, since each holds a part of the estimate: start all again from the last checkpoint, or use --feedback ef14, which bears losses"
-    );
-    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
-}
-
-#[test]
-fn under_ef21_leaving_early_ends_the_job_and_leaving_at_the_end_does_not() {
-    let leave = |session| Event::Leave {
-        session: SessionId(session),
-    };
-    let mut bench = ef21(1);
+    let mut bench = Bench::running_with(config(3), algorithm);
     let bytes = bench.shape(0).dense_layout().bytes;
-    // The first round of ef21 is dense.
-    bench.send(0, 0, FrameKind::Dense, vec![0; bytes]);
-    let told = refusals(&bench.handle(leave(1)));
-    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
-    assert!(told[0].2.contains("rank 1 (host:1) left"), "{}", told[0].2);
-
-    let mut bench = ef21(1);
-    assert_eq!(refusals(&bench.handle(leave(1))), []);
-    let told = refusals(&bench.send(0, 0, FrameKind::Dense, vec![0; bytes]));
-    assert_eq!((told.len(), told[0].1), (2, RefusalCode::TooFewWorkers));
-
-    let mut bench = ef21(1);
     for session in 0..3 {
-        assert_eq!(refusals(&bench.handle(leave(session))), []);
+        bench.send(session, 0, FrameKind::Dense, vec![0; bytes]);
+    }
+    assert_eq!(bench.shard.status(bench.now).step, Step(1));
+    bench
+}
+
+/// Both phases of step 1 by those that are left: the answer of the second.
+fn second_step(bench: &mut Bench, sessions: &[u64]) -> Vec<Action> {
+    let sketch = bench.shape(1).sketch_layout().bytes;
+    let mut last = Vec::new();
+    for session in sessions {
+        last = bench.send(*session, 1, FrameKind::Sketch, vec![0; sketch]);
+    }
+    assert_eq!(answers(&last)[0].1.kind, FrameKind::Selection);
+    for session in sessions {
+        last = bench.send(*session, 1, FrameKind::Values, vec![0; 28]);
+    }
+    last
+}
+
+#[test]
+fn under_ef21_a_lost_worker_leaves_its_part_of_h_behind_and_h_is_made_anew() {
+    let mut bench = ef21();
+    assert_eq!(refusals(&bench.lose(2)), [], "the job goes on");
+    let actions = second_step(&mut bench, &[0, 1]);
+    let given = answers(&actions);
+    assert_eq!(given.len(), 2);
+    assert!(
+        given
+            .iter()
+            .all(|a| a.1.kind == FrameKind::Restore && a.2.is_empty())
+    );
+    assert_eq!(closed_round(&actions), None);
+    bench.send(0, 1, FrameKind::Estimates, encode(&[1.0; 17]));
+    let actions = bench.send(1, 1, FrameKind::Estimates, encode(&[5.0; 17]));
+    let answer = answers(&actions).remove(0);
+    assert_eq!(answer.1.kind, FrameKind::EstimatesMean);
+    assert_eq!(decode(&answer.2), [3.0; 17]);
+    assert_eq!(roster(&actions), [0, 1]);
+    assert_eq!(bench.shard.status(bench.now).step, Step(2));
+}
+
+#[test]
+fn under_ef21_leaving_is_no_end_either() {
+    let mut bench = ef21();
+    for session in 0..3 {
+        let session = SessionId(session);
+        assert_eq!(refusals(&bench.handle(Event::Leave { session })), []);
     }
     assert_eq!(bench.shard.status(bench.now).totals.lost, 0);
+    let mut bench = ef21();
+    let actions = second_step(&mut bench, &[0, 1, 2]);
+    assert_eq!(
+        answers(&actions)[0].1.kind,
+        FrameKind::Mean,
+        "with all nothing is missing"
+    );
 }
 
 #[test]

@@ -1,8 +1,13 @@
 //! The machine, driven by hand.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod away;
+mod digests;
 mod hostile;
+mod joining;
 mod membership;
+mod quorum;
+mod recovery;
 mod refusals;
 mod reports;
 mod rounds;
