@@ -209,11 +209,13 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
         identity: Identity::load_files(&ca, &cert, &key)?,
         transport: TransportConfig::default(),
         shard: ShardConfig {
-            shard: ShardId(command.shard.shard),
-            shards: command.shard.shards,
-            job: command.common.job.clone(),
-            world: command.shard.workers,
             min_workers: command.shard.min_workers,
+            ..ShardConfig::new(
+                &command.common.job,
+                ShardId(command.shard.shard),
+                command.shard.shards,
+                command.shard.workers,
+            )
         },
         timeouts: Timeouts::default(),
         chaos_delay: Duration::from_millis(command.ready.chaos_delay_ms),

@@ -6,9 +6,7 @@
 
 use super::codec::{Reader, Writer};
 use super::plan_spec::{read_plan_spec, write_plan_spec};
-use super::{
-    Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError,
-};
+use super::{Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError};
 use crate::ids::{Epoch, Rank, RunId, Step};
 
 /// Longest job name, bytes.
@@ -88,6 +86,27 @@ impl Control {
     #[must_use]
     pub fn framed_bytes(&self) -> u64 {
         (CONTROL_LENGTH_BYTES + self.encode().len()) as u64
+    }
+
+    /// The message's name, for errors.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            Self::Hello(_) => "Hello",
+            Self::Welcome(_) => "Welcome",
+            Self::Waiting { .. } => "Waiting",
+            Self::Refused { .. } => "Refused",
+            Self::Membership { .. } => "Membership",
+            Self::Leave => "Leave",
+            Self::Report { .. } => "Report",
+            Self::Retelling { .. } => "Retelling",
+            Self::Away => "Away",
+            Self::Ready { .. } => "Ready",
+            Self::Digest { .. } => "Digest",
+            Self::DigestsDiffer { .. } => "DigestsDiffer",
+            Self::Donate => "Donate",
+            Self::Donated { .. } => "Donated",
+        }
     }
 
     /// The message's bytes, without the length in front. Texts for people are cut to their limits.

@@ -12,6 +12,10 @@ pub(super) fn changes_membership(action: &Action) -> bool {
         Action::Observe(
             Observation::Joined { .. }
                 | Observation::Started { .. }
+                | Observation::Away { .. }
+                | Observation::Returned { .. }
+                | Observation::JoinedLater { .. }
+                | Observation::Recovered { .. }
                 | Observation::Left { .. }
                 | Observation::Lost { .. }
                 | Observation::Emptied
@@ -89,6 +93,39 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
             hub.metrics
                 .set_compression(None, None, Some(f64::from(report.residual_ratio)));
             tracing::debug!(%rank, step = %report.step, loss = report.loss, "a worker reported");
+        }
+        Observation::Away { rank, reason } => {
+            tracing::warn!(%rank, reason, "a worker is away");
+        }
+        Observation::Returned { rank, seconds } => {
+            tracing::info!(%rank, seconds, "a worker is back");
+        }
+        Observation::JoinedLater { rank, step } => {
+            tracing::info!(%rank, %step, "a worker joins with a snapshot");
+        }
+        Observation::Recovering { members } => {
+            tracing::info!(members, "a job is under way: its workers tell where it is");
+        }
+        Observation::Recovered {
+            step,
+            told,
+            members,
+            adopted,
+            seconds,
+        } => {
+            tracing::info!(%step, told, members, adopted, seconds, "the job goes on");
+        }
+        Observation::Adopted { rank, step, bucket } => {
+            tracing::debug!(%rank, %step, %bucket, "took over an answer that a worker held");
+        }
+        Observation::Late { rank, seconds } => {
+            tracing::debug!(%rank, seconds, "a contribution came after its phase had closed");
+        }
+        Observation::Straggling { rank, persistent } => {
+            tracing::warn!(%rank, persistent, "a worker is late most of the time, or no longer");
+        }
+        Observation::DigestsDiffer { step, ranks } => {
+            tracing::error!(%step, ?ranks, "the parameters of workers are not the same");
         }
         Observation::Emptied => {
             tracing::info!("nobody is left: ready for another start of the job")

@@ -62,7 +62,7 @@ fn route(hub: &Hub, action: Action) {
                 return;
             };
             if let Control::Welcome(welcome) = &message {
-                handle.set_rank(welcome.rank);
+                handle.set_rank(welcome.place.rank);
                 let streams = hub.stream_limit.load(Ordering::Relaxed);
                 arc_topk_transport::admit(&handle.connection, &hub.transport, streams);
             }

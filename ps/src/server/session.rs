@@ -143,10 +143,13 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
     if matches!(&error, TransportError::Closed { code, .. } if *code == u64::from(LEAVE_CODE)) {
         hub.event(Event::Leave { session: id }).await;
     }
+    // A peer that closes itself ends; one that falls silent may come back.
+    let for_good = matches!(&error, TransportError::Closed { .. });
     let reason = error.to_string();
     hub.event(Event::Closed {
         session: id,
         reason,
+        for_good,
     })
     .await;
     if let Some((_, handle)) = hub.sessions.remove(&id)

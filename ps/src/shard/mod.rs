@@ -1,38 +1,48 @@
 //! The shard as a deterministic state machine without sockets, clock or randomness.
 //!
 //! [`Shard::handle`] takes what happened and appends what is to be done. The shell around it
-//! ([`crate::server`]) moves bytes and decides nothing; tests and the in-memory cluster drive it directly.
+//! ([`crate::server`]) moves bytes and decides nothing; tests, the in-memory cluster and the simulator drive it directly.
 //!
-//! # Membership
-//! `empty → gathering → running → empty`. Shard 0 gathers until the world is complete, then gives ranks: those asked
-//! for, else the lowest free in order of arrival. The other shards admit the ranks that shard 0 gave at once, and wait in
-//! their rounds for those that are still on their way. A member that leaves, is lost or breaks the
-//! protocol is removed, the epoch grows, and open rounds close with those present; under ef21's rules, whose estimates
-//! a lost worker takes along, the job ends instead. When nobody
-//! is left the shard is ready for another start of the job.
+//! # Life of a job
 //!
-//! Shards notice at different moments that workers have died, so that shard 0 may begin the next start of the job while
-//! another shard still has members of the last: there its workers wait until the dead ones are gone (`successors.rs`).
+//! | stage | event | next |
+//! |---|---|---|
+//! | empty | shard 0: a worker that joins | gathering |
+//! | empty | a member of a running job (any shard) | recovering |
+//! | gathering (shard 0) | the world is complete | running: ranks are given |
+//! | gathering | a member of a running job: this process was restarted | recovering; who gathered waits to join |
+//! | recovering | all listed members have come and told what they hold, or [`RECOVERY_GRACE`] has passed | running |
+//! | running | the last member is gone | empty |
+//!
+//! A first start looks like a recovery to shards other than 0, with nothing to tell. Shard 0 alone gives ranks and keeps
+//! the list of members; workers pass that on to the other shards. For whom its rounds wait every shard decides by itself:
+//! `members.rs`. Joining a running job: `joining.rs`; losing and leaving: `leaving.rs`; being told: `recovery.rs`.
 //!
 //! # Rounds
-//! Keyed by (step, bucket); see `round.rs`. Steps are accepted in a window of two: the
-//! lowest with a bucket not yet closed, and the next.
+//! Keyed by (step, bucket); see `round.rs` and `rounds.rs`. New rounds are taken in a window of two steps: the
+//! lowest with a bucket not yet closed, and the next. Answers of the last [`RETAIN_STEPS`] are kept for workers that come
+//! late; nothing else is kept between rounds.
 //!
 //! # Bounds
 //! A member can have at most one frame in each round of the window, each of the exact length that the plan gives, so a session
-//! parks at most 2 × (the shard's share of a step); [`Limits`] bounds that too. All tables are B-trees: no
+//! parks at most 2 × (the shard's share of a step); [`Limits`] bounds that and what is retained. All tables are B-trees: no
 //! iteration order depends on addresses or hashes.
-//!
-//! # Not here
-//! Rejoining a running job, quorums and timeouts of stragglers.
 
 pub mod aggregate;
 mod answer;
+mod digests;
 mod event;
+mod frames;
+mod hello;
+mod joining;
+mod leaving;
 mod members;
+mod recovery;
+mod reply;
 mod round;
 mod rounds;
 mod status;
+mod stragglers;
 mod successors;
 #[cfg(test)]
 mod tests;
@@ -41,15 +51,23 @@ mod union;
 pub use event::{
     Action, Event, Observation, Outcome, Report, RoundClosed, SessionId, ShardConfig, Traffic,
 };
+pub use leaving::MEMBER_TIMEOUT;
+pub use members::RETURN_GRACE;
+pub use recovery::RECOVERY_GRACE;
+pub use rounds::RETAIN_STEPS;
 pub use status::{
-    JournalLine, LossPoint, MemberStatus, OpenRound, PlanStatus, Stage, Status, Totals,
+    JournalLine, LossPoint, MemberStatus, OpenRound, PlanStatus, Stage, Standing, Status, Totals,
 };
 
-use arc_topk_common::ids::{Epoch, Step};
+use arc_topk_common::ids::{Epoch, RunId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{Control, RefusalCode, RoundShape};
+use arc_topk_common::wire::{Control, MAX_ROSTER_BYTES, RefusalCode, RoundShape};
 use core::time::Duration;
-use members::{Departure, Members, Session};
+use digests::Digests;
+use joining::Applicant;
+use members::Members;
+use recovery::Recovery;
+use round::ClosingRules;
 use rounds::Rounds;
 use status::Board;
 use std::collections::BTreeMap;
@@ -58,8 +76,7 @@ use successors::Successor;
 
 /// Steps beyond the current one that a frame may name.
 pub const STEP_WINDOW: u64 = 1;
-/// After the first worker, how long a shard other than 0 waits for the ranks that have not come yet. Workers dial all
-/// shards at once, so this is several times the longest attempt that succeeds.
+/// How long workers of the next start of the job wait at a shard other than 0 for those of the last to be gone.
 pub const JOIN_GRACE: Duration = Duration::from_secs(10);
 /// Highest step at which a job may start: steps that follow never come near the end of their type.
 pub const LAST_START_STEP: Step = Step(1 << 62);
@@ -69,6 +86,8 @@ pub const LAST_START_STEP: Step = Step(1 << 62);
 pub struct Limits {
     /// Bytes of one session's frames that may wait for their turn in the sums.
     pub parked_bytes_per_session: usize,
+    /// Bytes of answers that are kept for workers that come late.
+    pub retained_bytes: usize,
     /// Elements of a plan, all tensors together.
     pub elements: u64,
 }
@@ -77,37 +96,60 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             parked_bytes_per_session: 2 << 30,
+            retained_bytes: 1 << 30,
             elements: 1 << 36,
         }
     }
+}
+
+/// Where a job is in its life.
+#[derive(Debug)]
+enum Life {
+    Gathering,
+    Recovering(Recovery),
+    Running,
 }
 
 /// One start of the job, from its first Hello until nobody is left.
 #[derive(Debug)]
 struct Job {
     plan: Arc<Plan>,
-    start_step: Step,
+    run: RunId,
+    life: Life,
     members: Members,
+    /// Shard 0: those that want a place.
+    applicants: Vec<Applicant>,
     rounds: Rounds,
+    digests: Digests,
 }
 
 impl Job {
     fn keeps_estimates(&self) -> bool {
         self.plan.spec.algorithm.keeps_estimates()
     }
+
+    fn is_running(&self) -> bool {
+        matches!(self.life, Life::Running)
+    }
 }
 
 /// How much the machine holds now.
 #[derive(Clone, Copy, PartialEq, Debug, Default)]
 pub struct Load {
-    /// Workers.
+    /// Workers that are connected.
     pub members: u16,
+    /// Members that are not connected.
+    pub away: u16,
     /// Version of the membership.
     pub epoch: Epoch,
     /// Rounds that wait for someone.
     pub open_rounds: usize,
     /// Bytes of frames that wait for their turn.
     pub parked_bytes: usize,
+    /// Closed rounds whose answers are kept.
+    pub retained_rounds: usize,
+    /// Bytes of those answers.
+    pub retained_bytes: usize,
     /// Newest step that a worker reported, and the mean of all workers' latest losses that are finite; NaN if none is.
     pub training: Option<(Step, f64)>,
 }
@@ -118,10 +160,11 @@ pub struct Shard {
     config: ShardConfig,
     limits: Limits,
     job: Option<Job>,
-    sessions: BTreeMap<SessionId, Session>,
     /// Never on shard 0.
     successors: BTreeMap<SessionId, Successor>,
     board: Board,
+    /// When time alone may change something.
+    deadline: Option<Duration>,
 }
 
 impl Shard {
@@ -138,9 +181,9 @@ impl Shard {
             config,
             limits,
             job: None,
-            sessions: BTreeMap::new(),
             successors: BTreeMap::new(),
             board: Board::default(),
+            deadline: None,
         }
     }
 
@@ -150,12 +193,10 @@ impl Shard {
         &self.config
     }
 
-    /// Whether the world is complete (shard 0), or workers have come (others).
+    /// Whether rounds are formed.
     #[must_use]
     pub fn is_running(&self) -> bool {
-        self.job
-            .as_ref()
-            .is_some_and(|job| job.members.is_running())
+        self.job.as_ref().is_some_and(Job::is_running)
     }
 
     /// Largest frame body that a member may send under the current plan, bytes; 0 without a job.
@@ -171,27 +212,40 @@ impl Shard {
         self.job.as_ref().map_or(0, |job| job.rounds.open_limit())
     }
 
+    /// When a [`Event::Tick`] is needed at the latest, if nothing else happens before.
+    #[must_use]
+    pub fn next_deadline(&self) -> Option<Duration> {
+        self.deadline
+    }
+
     /// How much it holds now.
     #[must_use]
     pub fn load(&self) -> Load {
         let Some(job) = &self.job else {
             return Load::default();
         };
-        let reports: Vec<Report> = self.sessions.values().filter_map(|s| s.report).collect();
+        let reports = job.members.iter().filter_map(|(_, member)| member.report);
+        let reports: Vec<Report> = reports.collect();
         let step = reports.iter().map(|report| report.step).max();
         // One worker's overflow says nothing of the others' losses.
         let finite = reports.iter().map(|report| f64::from(report.loss));
         let finite: Vec<f64> = finite.filter(|loss| loss.is_finite()).collect();
         let loss = finite.iter().sum::<f64>() / finite.len() as f64;
+        let (retained_rounds, retained_bytes) = job.rounds.retained();
+        let connected =
+            job.members.connected_count() + usize::from(!job.is_running()) * job.applicants.len();
         Load {
-            members: job.members.count() as u16,
-            epoch: job.members.epoch(),
+            members: connected as u16,
+            away: job.members.away().count() as u16,
+            epoch: job.members.epoch,
             open_rounds: job.rounds.open().count(),
             parked_bytes: job
                 .rounds
                 .open()
                 .map(|(.., round)| round.all_parked_bytes())
                 .sum(),
+            retained_rounds,
+            retained_bytes,
             training: step.map(|step| (step, loss)),
         }
     }
@@ -207,26 +261,20 @@ impl Shard {
                 header,
                 body,
             } => self.frame(now, session, header, body, out),
+            Event::Control { session, message } => self.control(now, session, message, out),
             Event::Report { session, report } => self.report(session, report, out),
-            Event::Leave { session } => self.depart(now, session, Departure::Left, out),
-            Event::Closed { session, reason } => {
-                self.depart(now, session, Departure::Lost(reason), out)
-            }
+            Event::Pin { run, step } => self.pin(now, run, step),
+            Event::Leave { session } => self.leave(now, session, out),
+            Event::Closed {
+                session,
+                reason,
+                for_good,
+            } => self.closed(now, session, reason, for_good, out),
             Event::Violation { session, detail } => self.violation(now, session, detail, out),
-            Event::Shutdown { reason } => {
-                let detail = format!(
-                    "shard {} shuts down: {reason}; start it again, then the job from its last checkpoint",
-                    self.config.shard
-                );
-                self.end_job(RefusalCode::Shutdown, &detail, out);
-                for session in core::mem::take(&mut self.successors).into_keys() {
-                    refuse(session, RefusalCode::Shutdown, &detail, out);
-                }
-            }
+            Event::Shutdown { reason } => self.shut_down(&reason, out),
             Event::Tick => {}
         }
-        self.drop_awaited_too_long(now, out);
-        self.attend_successors(now, out);
+        self.pass_time(now, out);
         let observed = out[first..].iter().filter_map(|action| match action {
             Action::Observe(observation) => Some(observation),
             _ => None,
@@ -234,18 +282,90 @@ impl Shard {
         self.board.record(now, observed);
     }
 
+    /// What follows from the time alone.
+    fn pass_time(&mut self, now: Duration, out: &mut Vec<Action>) {
+        self.end_recovery(now, out);
+        self.remove_lost(now, out);
+        self.attend_applicants(now, out);
+        self.attend_successors(now, out);
+        if self.deadline.is_some_and(|deadline| deadline <= now) {
+            self.advance_all(now, out);
+        }
+        if let Some(job) = &mut self.job {
+            job.rounds.members = job.members.count();
+            job.rounds.prune(now, &self.limits);
+        }
+        self.deadline = self.compute_deadline(now);
+    }
+
+    fn compute_deadline(&self, now: Duration) -> Option<Duration> {
+        let rules = self.rules();
+        let job = self.job.as_ref();
+        let of_job = job.into_iter().flat_map(|job| {
+            [
+                job.recovery_deadline(),
+                job.members.next_grace_end(now),
+                job.rounds.next_deadline(&rules),
+                job.removal_deadline(),
+                job.applicants_deadline(),
+            ]
+        });
+        let of_successors = self.successors_deadline();
+        of_job.chain([of_successors]).flatten().min()
+    }
+
+    fn rules(&self) -> ClosingRules {
+        ClosingRules {
+            min_workers: self.config.min_workers.max(1),
+            quorum: self.config.quorum,
+            straggler_timeout: self.config.straggler_timeout,
+        }
+    }
+
+    fn control(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        message: Control,
+        out: &mut Vec<Action>,
+    ) {
+        match message {
+            Control::Retelling { frames } => self.retelling(now, session, frames, out),
+            Control::Away => self.cut_off(now, session, out),
+            Control::Ready { step } => self.ready(now, session, step, out),
+            Control::Digest { step, digest } => self.digest(now, session, step, digest, out),
+            Control::Donated { step } => self.donated(now, session, step, out),
+            Control::Membership {
+                epoch,
+                next_rank,
+                members,
+                ..
+            } => self.relayed(session, epoch, next_rank, &members),
+            other => {
+                let detail = format!(
+                    "a worker does not send {}: run the same release everywhere",
+                    other.name()
+                );
+                self.violation(now, session, detail, out);
+            }
+        }
+    }
+
     fn report(&mut self, session: SessionId, report: Report, out: &mut Vec<Action>) {
-        let (Some(member), Some(job)) = (self.sessions.get_mut(&session), &self.job) else {
+        let Some(job) = &mut self.job else {
             return;
         };
         // A report follows its step. (A shard that owns nothing of any bucket sees no steps.)
         if job.rounds.buckets_here() > 0 && report.step > job.rounds.step() {
             return;
         }
-        member.report = Some(report);
-        if let Some(rank) = member.rank {
-            out.push(Action::Observe(Observation::Reported { rank, report }));
+        let Some(rank) = job.members.rank(session) else {
+            return;
+        };
+        if let Some(member) = job.members.get_mut(rank) {
+            member.report = Some(report);
         }
+        out.push(Action::Observe(Observation::Reported { rank, report }));
     }
 
     /// Refuses a peer for what it did, and removes it. One that is gone already is left alone: what was under way when
@@ -257,22 +377,41 @@ impl Shard {
         detail: String,
         out: &mut Vec<Action>,
     ) {
-        if !self.knows(session) {
-            return;
+        if self.knows(session) {
+            self.turn_out(now, session, RefusalCode::Protocol, detail, out);
         }
-        refuse(session, RefusalCode::Protocol, &detail, out);
-        self.depart(now, session, Departure::Lost(detail), out);
     }
 
     /// Whether the session said Hello and was not removed since.
     fn knows(&self, session: SessionId) -> bool {
-        self.sessions.contains_key(&session) || self.successors.contains_key(&session)
+        self.successors.contains_key(&session)
+            || self.job.as_ref().is_some_and(|job| {
+                job.members.rank(session).is_some()
+                    || job.applicants.iter().any(|a| a.session == session)
+            })
     }
 
-    /// Tells every session why, closes all, and forgets the job.
-    fn end_job(&mut self, code: RefusalCode, detail: &str, out: &mut Vec<Action>) {
-        for session in core::mem::take(&mut self.sessions).into_keys() {
+    /// Ends every session, with or without a job to come back to.
+    fn end_sessions(&mut self, code: RefusalCode, detail: &str, out: &mut Vec<Action>) {
+        let Some(job) = &self.job else {
+            return;
+        };
+        let members = job.members.sessions().map(|(_, session)| session);
+        let applicants = job.applicants.iter().map(|applicant| applicant.session);
+        for session in members.chain(applicants) {
             refuse(session, code, detail, out);
+        }
+    }
+
+    /// Workers keep what is needed to go on with the next incarnation of this shard.
+    fn shut_down(&mut self, reason: &str, out: &mut Vec<Action>) {
+        let detail = format!(
+            "shard {} shuts down: {reason}; workers go on once it is back",
+            self.config.shard
+        );
+        self.end_sessions(RefusalCode::Shutdown, &detail, out);
+        for session in core::mem::take(&mut self.successors).into_keys() {
+            refuse(session, RefusalCode::Shutdown, &detail, out);
         }
         self.forget_job(out);
     }
@@ -305,12 +444,11 @@ fn refuse(session: SessionId, code: RefusalCode, detail: &str, out: &mut Vec<Act
     });
 }
 
-/// Largest body that a round of this shape takes from a worker.
+/// Largest body that a round of this shape takes from a worker: one of its own, or an answer that it tells.
 fn largest_body(shape: &RoundShape) -> usize {
-    shape
-        .phases()
-        .iter()
-        .map(|phase| shape.body_limit(phase.up))
-        .max()
-        .unwrap_or(0)
+    let bodies = shape.phases().iter().map(|phase| {
+        let answer = shape.body_limit(phase.down) + MAX_ROSTER_BYTES;
+        answer.max(shape.body_limit(phase.up))
+    });
+    bodies.max().unwrap_or(0)
 }

@@ -1,16 +1,25 @@
 //! One round: gathers frames of all live members, folds them in rank order, answers.
 //!
+//! | phase | event | next |
+//! |---|---|---|
+//! | gathers | first frame of a rank | contributes, or (`absent`) only wants the answer |
+//! | gathers | the same again on another session | the same; the answer goes there |
+//! | gathers | every live rank has contributed or is absent; or a quorum has, and the others had their time | answered |
+//! | gathers | an answer that a worker holds from before a restart | that answer |
+//! | answered | a frame of the phase | the same answer again (`late`), without being counted |
+//!
 //! A phase keeps a running sum over the ranks that precede every missing one; what came earlier than its
 //! turn is parked as bytes. So the bytes of an answer depend on the contributions alone (I3), and memory on
 //! density × bucket × workers, never on dense gradients (except in dense rounds).
 
 use super::aggregate::Sum;
 use super::answer::{self, Picked};
-use super::event::Traffic;
+use super::event::{SessionId, Traffic};
+use super::reply::{Answer, Held, answer_kind, answer_to};
 use super::union::Union;
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::ids::Rank;
-use arc_topk_common::wire::{FrameKind, RoundShape, WireError};
+use arc_topk_common::wire::{Direction, FrameKind, RoundShape, WireError, decode_roster};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -38,8 +47,29 @@ struct Phase {
     folded: Folded,
     /// Came before their turn.
     parked: BTreeMap<Rank, Bytes>,
-    arrived: BTreeMap<Rank, Duration>,
+    arrived: BTreeMap<Rank, Arrival>,
+    /// Want the answer and contribute nothing.
+    absent: BTreeMap<Rank, SessionId>,
     non_finite: bool,
+    /// Highest rank whose body is in the sum.
+    folded_to: Option<Rank>,
+    /// Since when there is a quorum.
+    quorum_since: Option<Duration>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Arrival {
+    at: Duration,
+    session: SessionId,
+}
+
+/// When a phase may close.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) struct ClosingRules {
+    pub(crate) min_workers: u16,
+    /// 0: all that are live.
+    pub(crate) quorum: u16,
+    pub(crate) straggler_timeout: Duration,
 }
 
 impl Phase {
@@ -49,8 +79,31 @@ impl Phase {
             folded,
             parked: BTreeMap::new(),
             arrived: BTreeMap::new(),
+            absent: BTreeMap::new(),
             non_finite: false,
+            folded_to: None,
+            quorum_since: None,
         }
+    }
+
+    /// Whether the answer is due.
+    fn is_full(&mut self, now: Duration, live: &BTreeSet<Rank>, rules: &ClosingRules) -> bool {
+        if live.is_empty() {
+            return false;
+        }
+        let came = |rank: &Rank| self.arrived.contains_key(rank) || self.absent.contains_key(rank);
+        if live.iter().all(came) {
+            // With nobody's contribution there is nothing to average, and all skip.
+            return self.arrived.len() >= usize::from(rules.min_workers) || self.arrived.is_empty();
+        }
+        let quorum = usize::from(rules.quorum).min(live.len());
+        let enough = quorum > 0 && self.arrived.len() >= quorum.max(usize::from(rules.min_workers));
+        if !enough {
+            self.quorum_since = None;
+            return false;
+        }
+        let since = *self.quorum_since.get_or_insert(now);
+        now.saturating_sub(since) >= rules.straggler_timeout
     }
 
     /// Folds every parked body that no live, still missing rank precedes.
@@ -60,6 +113,7 @@ impl Phase {
             if first_missing.is_some_and(|missing| missing < entry.key()) {
                 break;
             }
+            self.folded_to = Some(*entry.key());
             let body = entry.remove();
             if !self.non_finite {
                 self.folded.add(shape, &body);
@@ -70,7 +124,7 @@ impl Phase {
     /// Who came last, and how long after the one before.
     fn straggler(&self) -> Option<(Rank, Duration)> {
         let mut times: Vec<(Duration, Rank)> =
-            self.arrived.iter().map(|(rank, at)| (*at, *rank)).collect();
+            self.arrived.iter().map(|(rank, a)| (a.at, *rank)).collect();
         times.sort_unstable();
         let [.., (before, _), (last, rank)] = times[..] else {
             return None;
@@ -83,22 +137,29 @@ impl Phase {
 #[derive(Clone, PartialEq, Debug)]
 pub(crate) struct Frame {
     pub(crate) rank: Rank,
+    pub(crate) session: SessionId,
     pub(crate) kind: FrameKind,
     pub(crate) non_finite: bool,
+    pub(crate) absent: bool,
     pub(crate) body: Bytes,
 }
 
-/// Answer of a full phase, the same for all.
+/// What became of a frame.
 #[derive(Clone, PartialEq, Debug)]
-pub(crate) struct Answer {
-    pub(crate) kind: FrameKind,
-    pub(crate) non_finite: bool,
-    pub(crate) body: Bytes,
-    /// No further frame of this round.
-    pub(crate) last: bool,
-    /// Whose contributions it holds.
-    pub(crate) contributors: BTreeSet<Rank>,
-    pub(crate) straggler: Option<(Rank, Duration)>,
+pub(crate) enum Accepted {
+    /// It is in.
+    Taken,
+    /// Its phase is answered already: this is the answer.
+    Late(Answer),
+}
+
+impl Phase {
+    fn asked(&self) -> BTreeMap<Rank, SessionId> {
+        let arrived = self.arrived.iter().map(|(rank, a)| (*rank, a.session));
+        arrived
+            .chain(self.absent.iter().map(|(rank, session)| (*rank, *session)))
+            .collect()
+    }
 }
 
 /// An open round of one bucket.
@@ -109,6 +170,8 @@ pub(crate) struct Round {
     phase: Phase,
     /// Rows that the selection chose, per sparse segment; `Some` from the second phase of arc on.
     chosen: Option<Vec<Vec<u32>>>,
+    /// Given so far.
+    answers: Vec<Answer>,
     pub(crate) update: u64,
     pub(crate) opened: Duration,
     pub(crate) received: Traffic,
@@ -132,7 +195,7 @@ pub(crate) enum FrameError {
     )]
     Duplicate { rank: Rank, kind: FrameKind },
     #[error(
-        "a frame flagged non-finite must have an empty body, but {got} bytes came; run the same release everywhere"
+        "a frame flagged non-finite or absent must have an empty body, but {got} bytes came; run the same release everywhere"
     )]
     NonFiniteBody { got: usize },
     #[error("{0}; run the same release with the same plan everywhere")]
@@ -172,6 +235,7 @@ impl Round {
             shape,
             policy,
             chosen: None,
+            answers: Vec::new(),
             update,
             opened: now,
             received: Traffic::default(),
@@ -206,15 +270,54 @@ impl Round {
         4 * (self.shape.sparse_elements() + self.shape.dense_elements()) as u64
     }
 
+    /// Answers given so far.
+    pub(crate) fn answers(&self) -> &[Answer] {
+        &self.answers
+    }
+
+    /// Answers given so far, taken out when the round has closed.
+    pub(crate) fn into_answers(self) -> Vec<Answer> {
+        self.answers
+    }
+
+    /// Who asked for the answer of the phase that is open.
+    pub(crate) fn askers(&self) -> BTreeMap<Rank, SessionId> {
+        self.phase.asked()
+    }
+
+    /// When the stragglers of this phase had their time, if it has its quorum.
+    pub(crate) fn deadline(&self, rules: &ClosingRules) -> Option<Duration> {
+        Some(self.phase.quorum_since? + rules.straggler_timeout)
+    }
+
     /// Checks a frame against the phase and takes it. Nothing changes on an error.
     pub(crate) fn accept(
         &mut self,
         now: Duration,
         frame: Frame,
         live: &BTreeSet<Rank>,
-    ) -> Result<(), FrameError> {
+    ) -> Result<Accepted, FrameError> {
+        if let Some(answer) = answer_to(&self.answers, frame.kind) {
+            return Ok(Accepted::Late(answer.clone()));
+        }
         self.check(&frame)?;
-        self.phase.arrived.insert(frame.rank, now);
+        let Frame { rank, session, .. } = frame;
+        if let Some(arrival) = self.phase.arrived.get_mut(&rank) {
+            // Sent again after its connection was lost: it is here already.
+            arrival.session = session;
+            return Ok(Accepted::Taken);
+        }
+        // Nobody waited for this one (it was away, say), and higher ranks are in the sum: its turn is over.
+        let missed = self.phase.folded_to.is_some_and(|folded| rank < folded);
+        if frame.absent || missed {
+            self.phase.absent.insert(rank, session);
+            self.phase.fold_ready(&self.shape, live);
+            return Ok(Accepted::Taken);
+        }
+        self.phase.absent.remove(&rank);
+        self.phase
+            .arrived
+            .insert(rank, Arrival { at: now, session });
         if self.chosen.is_none() {
             self.started += 1;
         }
@@ -225,18 +328,20 @@ impl Round {
             self.received
                 .add(self.traffic(self.phase.up, frame.body.len()), 1);
             if !self.phase.non_finite {
-                self.phase.parked.insert(frame.rank, frame.body);
+                self.phase.parked.insert(rank, frame.body);
             }
         }
         self.phase.fold_ready(&self.shape, live);
-        Ok(())
+        Ok(Accepted::Taken)
     }
 
     fn check(&self, frame: &Frame) -> Result<(), FrameError> {
         let Frame {
             rank,
+            session,
             kind,
             non_finite,
+            absent,
             ref body,
         } = *frame;
         let expected = self.phase.up;
@@ -246,10 +351,11 @@ impl Round {
                 expected,
             });
         }
-        if self.has(rank) {
+        let before = self.phase.arrived.get(&rank).map(|arrival| arrival.session);
+        if before.or(self.phase.absent.get(&rank).copied()) == Some(session) {
             return Err(FrameError::Duplicate { rank, kind });
         }
-        if non_finite {
+        if non_finite || absent {
             return if body.is_empty() {
                 Ok(())
             } else {
@@ -268,42 +374,121 @@ impl Round {
         }
     }
 
-    /// The answer, once every live member is in; the round then stands in its next phase.
-    /// To be called again after a member was lost.
-    pub(crate) fn advance(&mut self, live: &BTreeSet<Rank>) -> Option<Answer> {
-        if live.is_empty() || !live.iter().all(|rank| self.has(*rank)) {
+    /// The answer, once it is due; the round then stands in its next phase. To be called again after a member was lost
+    /// and when time went by.
+    pub(crate) fn advance(
+        &mut self,
+        now: Duration,
+        live: &BTreeSet<Rank>,
+        rules: &ClosingRules,
+    ) -> Option<Answer> {
+        if !self.phase.is_full(now, live, rules) {
             return None;
         }
-        self.phase.fold_ready(&self.shape, live);
+        self.phase.fold_ready(&self.shape, &BTreeSet::new());
         let next = Phase::new(FrameKind::Values, Folded::Sum(Sum::new(Vec::new())));
-        let phase = core::mem::replace(&mut self.phase, next);
-        let straggler = phase.straggler();
+        let mut phase = core::mem::replace(&mut self.phase, next);
         let kind = answer_kind(phase.up);
-        let body = if phase.non_finite {
+        let folded = core::mem::replace(&mut phase.folded, Folded::Sum(Sum::new(Vec::new())));
+        let body = if phase.non_finite || phase.arrived.is_empty() {
             None
         } else {
-            self.answer_body(phase.up, phase.folded)
+            self.answer_body(phase.up, folded)
         };
-        let Some(body) = body else {
-            return Some(Answer {
-                kind,
-                non_finite: true,
-                body: Bytes::new(),
-                last: true,
-                contributors: BTreeSet::new(),
-                straggler,
-            });
+        let asked = (phase.arrived.len() + phase.absent.len()) as u64;
+        if let Some(body) = &body {
+            self.sent.add(self.traffic(kind, body.len()), asked);
+        }
+        let contributors = phase.arrived.keys().copied().collect();
+        let answer = Answer {
+            straggler: phase.straggler(),
+            asked: phase.asked(),
+            ..Answer::new(kind, body, contributors, now)
         };
-        self.sent
-            .add(self.traffic(kind, body.len()), live.len() as u64);
-        Some(Answer {
+        self.answers.push(answer.clone());
+        Some(answer)
+    }
+
+    /// Takes over an answer that a worker got from an earlier incarnation of this shard. `None`: one of the same phase
+    /// is here already, or it follows one that is not here yet.
+    ///
+    /// # Errors
+    /// If it cannot be an answer of this round.
+    pub(crate) fn adopt(
+        &mut self,
+        now: Duration,
+        held: Held,
+    ) -> Result<Option<Answer>, FrameError> {
+        let Held {
             kind,
-            non_finite: false,
-            body: body.into(),
-            last: kind != FrameKind::Selection,
-            contributors: phase.arrived.into_keys().collect(),
-            straggler,
-        })
+            non_finite,
+            ref body,
+            roster_bytes,
+        } = held;
+        if answer_kind(self.phase.up) != kind || self.answers.last().is_some_and(|a| a.last) {
+            return Ok(None);
+        }
+        let (payload, roster) =
+            body.split_at(body.len() - usize::from(roster_bytes).min(body.len()));
+        let contributors = decode_roster(roster)?;
+        let chosen = if non_finite {
+            None
+        } else {
+            self.check_held(kind, payload)?
+        };
+        let asked = self.phase.asked();
+        let next = match &chosen {
+            Some(rows) => self.values_phase(rows),
+            None => Phase::new(FrameKind::Values, Folded::Sum(Sum::new(Vec::new()))),
+        };
+        self.phase = next;
+        self.chosen = chosen.or(self.chosen.take());
+        let answer = Answer {
+            kind,
+            non_finite,
+            body: held.body,
+            roster_bytes,
+            last: non_finite || kind != FrameKind::Selection,
+            contributors,
+            straggler: None,
+            asked,
+            at: now,
+        };
+        self.answers.push(answer.clone());
+        Ok(Some(answer))
+    }
+
+    /// The rows, if it is a selection.
+    fn check_held(
+        &self,
+        kind: FrameKind,
+        payload: &[u8],
+    ) -> Result<Option<Vec<Vec<u32>>>, FrameError> {
+        let shape = &self.shape;
+        match kind {
+            FrameKind::Selection => return Ok(Some(shape.decode_selection_body(payload)?.rows)),
+            FrameKind::SparseMean => {
+                shape.decode_sparse_body(payload, Direction::Down)?;
+            }
+            FrameKind::Mean => {
+                let kept = self
+                    .chosen
+                    .as_ref()
+                    .map_or_else(|| shape.keep(), |rows| rows.iter().map(Vec::len).collect());
+                shape
+                    .values_layout(&kept, Direction::Down)
+                    .check(kind, payload.len())?;
+            }
+            _ => shape.dense_layout().check(kind, payload.len())?,
+        }
+        Ok(None)
+    }
+
+    /// The phase that gathers the values of these rows.
+    fn values_phase(&self, rows: &[Vec<u32>]) -> Phase {
+        let kept: Vec<usize> = rows.iter().map(Vec::len).collect();
+        let pieces = answer::values_pieces(&self.shape, &kept, self.shape.codec_up);
+        Phase::new(FrameKind::Values, Folded::Sum(Sum::new(pieces)))
     }
 
     /// Body of the answer, or `None` if a sum is not finite. A selection sets up the second phase.
@@ -353,11 +538,9 @@ impl Round {
             &mean[sketch_values..],
             &mut body,
         );
-        let kept: Vec<usize> = rows.iter().map(Vec::len).collect();
-        let pieces = answer::values_pieces(shape, &kept, shape.codec_up);
-        self.phase = Phase::new(FrameKind::Values, Folded::Sum(Sum::new(pieces)));
+        self.density = answer::density(shape, rows.iter().map(Vec::len));
+        self.phase = self.values_phase(&rows);
         self.captured_energy = captured_energy;
-        self.density = answer::density(shape, kept);
         self.chosen = Some(rows);
         body
     }
@@ -393,15 +576,5 @@ impl Round {
                 ..Traffic::default()
             },
         }
-    }
-}
-
-/// Kind of the answer to a phase.
-fn answer_kind(up: FrameKind) -> FrameKind {
-    match up {
-        FrameKind::Sketch => FrameKind::Selection,
-        FrameKind::Sparse => FrameKind::SparseMean,
-        FrameKind::Values => FrameKind::Mean,
-        _ => FrameKind::DenseMean,
     }
 }

@@ -1,16 +1,55 @@
-//! The open rounds of a job: which frames are admitted, and what follows when a phase is full.
+//! The rounds of a job: those that are open, and the answers of those that closed lately, for workers that come late.
 
-use super::event::{Action, Observation, Outcome, RoundClosed, SessionId};
-use super::members::Members;
-use super::round::{Answer, Frame, Round};
-use super::{Job, STEP_WINDOW, Shard, largest_body};
-use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
+use super::event::{Action, Observation, Outcome, RoundClosed};
+use super::reply::{Answer, Held, answer_to};
+use super::round::{Accepted, ClosingRules, Frame, Round};
+use super::{Limits, STEP_WINDOW, largest_body};
+use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{FrameFlags, FrameHeader, RoundShape};
-use bytes::Bytes;
+use arc_topk_common::wire::{FrameHeader, RoundShape};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
+
+/// Closed steps whose answers are kept for workers that were away or slow.
+pub const RETAIN_STEPS: u64 = 8;
+/// How long answers are kept for a worker that joins, after the last sign of it.
+const PIN_TIME: Duration = Duration::from_secs(120);
+
+pub(super) type Key = (Step, BucketId);
+
+/// Why a frame is not taken.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub(super) enum Fault {
+    /// Its sender breaks the protocol.
+    Protocol(String),
+    /// Its sender is further behind than answers reach back.
+    Gone(String),
+    /// What its sender holds is not what the others got.
+    Differs(String),
+}
+
+/// What is kept of a round.
+#[derive(Debug)]
+struct Closed {
+    update: u64,
+    answers: Vec<Answer>,
+}
+
+impl Closed {
+    fn bytes(&self) -> usize {
+        self.answers.iter().map(|answer| answer.body.len()).sum()
+    }
+}
+
+/// An answer that is due: of this round, with its update number, and the round itself if it closed by it.
+#[derive(Debug)]
+pub(super) struct Due {
+    pub(super) key: Key,
+    pub(super) update: u64,
+    pub(super) answer: Answer,
+    pub(super) closed: Option<RoundClosed>,
+}
 
 /// Rounds by (step, bucket).
 #[derive(Debug)]
@@ -21,9 +60,15 @@ pub(super) struct Rounds {
     here: BTreeSet<BucketId>,
     /// The lowest step with a bucket that is not closed.
     step: Step,
-    open: BTreeMap<(Step, BucketId), Round>,
-    /// Closed rounds of the window.
-    closed: BTreeSet<(Step, BucketId)>,
+    open: BTreeMap<Key, Round>,
+    closed: BTreeMap<Key, Closed>,
+    retained_bytes: usize,
+    /// Answers from this step on are wanted until then.
+    pin: Option<(Step, Duration)>,
+    /// Members, for telling complete rounds from partial ones.
+    pub(super) members: usize,
+    /// Means that came before the selections that they belong to.
+    held_early: BTreeMap<(Key, Rank), Held>,
     /// Update number of each step of the window and the one before, and who named it first.
     updates: BTreeMap<Step, (u64, Rank)>,
     body_limit: usize,
@@ -50,7 +95,11 @@ impl Rounds {
             here,
             step: start,
             open: BTreeMap::new(),
-            closed: BTreeSet::new(),
+            closed: BTreeMap::new(),
+            retained_bytes: 0,
+            pin: None,
+            members: 0,
+            held_early: BTreeMap::new(),
             updates: BTreeMap::new(),
             body_limit,
         }
@@ -84,69 +133,127 @@ impl Rounds {
         self.here.len()
     }
 
-    fn parked_bytes(&self, rank: Rank) -> usize {
+    pub(super) fn parked_bytes(&self, rank: Rank) -> usize {
         self.open
             .values()
             .map(|round| round.parked_bytes(rank))
             .sum()
     }
 
-    /// Checks a header against the job and takes the frame. Nothing changes on an error.
-    fn accept(
+    pub(super) fn retained(&self) -> (usize, usize) {
+        (self.closed.len(), self.retained_bytes)
+    }
+
+    /// Checks a header against the job and takes the frame. Nothing changes on an error. `steps`: those that are taken.
+    pub(super) fn accept(
         &mut self,
         now: Duration,
         header: FrameHeader,
         frame: Frame,
         live: &BTreeSet<Rank>,
-    ) -> Result<(), String> {
-        self.check_place(header)?;
-        self.check_update(header, frame.rank)?;
+        steps: core::ops::RangeInclusive<u64>,
+    ) -> Result<Accepted, Fault> {
         let key = (header.step, header.bucket);
-        let rank = frame.rank;
-        if let Some(round) = self.open.get_mut(&key) {
-            round
-                .accept(now, frame, live)
-                .map_err(|error| error.to_string())?;
-        } else {
-            let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
-            let policy = self.plan.spec.algorithm.selection;
-            let mut round = Round::open(shape, policy, header.update, now);
-            round
-                .accept(now, frame, live)
-                .map_err(|error| error.to_string())?;
-            self.open.insert(key, round);
+        if let Some(late) = self.late(now, header, &frame)? {
+            return Ok(Accepted::Late(late));
         }
+        self.check_open(header, steps)?;
+        self.check_update(header, frame.rank)
+            .map_err(Fault::Protocol)?;
+        let rank = frame.rank;
+        let protocol = |error: super::round::FrameError| Fault::Protocol(error.to_string());
+        let accepted = if let Some(round) = self.open.get_mut(&key) {
+            round.accept(now, frame, live).map_err(protocol)?
+        } else {
+            let mut round = self.new_round(now, header);
+            let accepted = round.accept(now, frame, live).map_err(protocol)?;
+            self.open.insert(key, round);
+            accepted
+        };
         self.updates
             .entry(header.step)
             .or_insert((header.update, rank));
+        Ok(accepted)
+    }
+
+    fn new_round(&self, now: Duration, header: FrameHeader) -> Round {
+        let shape = RoundShape::new(&self.plan, header.bucket, self.shard, header.update);
+        Round::open(
+            shape,
+            self.plan.spec.algorithm.selection,
+            header.update,
+            now,
+        )
+    }
+
+    /// The answer to a frame of a round that is closed.
+    fn late(
+        &mut self,
+        now: Duration,
+        header: FrameHeader,
+        frame: &Frame,
+    ) -> Result<Option<Answer>, Fault> {
+        self.check_bucket(header.bucket)?;
+        let (step, bucket) = (header.step, header.bucket);
+        let Some(closed) = self.closed.get(&(step, bucket)) else {
+            return Ok(None);
+        };
+        if closed.update != header.update {
+            return Err(Fault::Protocol(format!(
+                "rank {} is at update {} in step {step}, but the others were at update {}: their schedules have come apart; resume all workers from one checkpoint",
+                frame.rank, header.update, closed.update
+            )));
+        }
+        // A round that was skipped in its first phase has no second answer: whoever asks for it has missed the skip.
+        let answer = answer_to(&closed.answers, frame.kind)
+            .or_else(|| closed.answers.last().filter(|answer| answer.non_finite));
+        let answer = answer.cloned().ok_or_else(|| {
+            Fault::Protocol(format!(
+                "a {:?} frame came for step {step}, bucket {bucket}, which has no such phase: run the same release everywhere",
+                frame.kind
+            ))
+        })?;
+        if let Some((pinned, until)) = &mut self.pin
+            && *pinned <= step
+        {
+            *until = now + PIN_TIME;
+        }
+        Ok(Some(answer))
+    }
+
+    fn check_bucket(&self, bucket: BucketId) -> Result<(), Fault> {
+        if bucket.index() >= self.plan.buckets.len() {
+            return Err(Fault::Protocol(format!(
+                "a frame names bucket {bucket}, but the plan has {}: run the same release with the same plan everywhere",
+                self.plan.buckets.len()
+            )));
+        }
+        if !self.here.contains(&bucket) {
+            return Err(Fault::Protocol(format!(
+                "a frame names bucket {bucket}, of which shard {} owns nothing: give every worker the shards in the same order",
+                self.shard
+            )));
+        }
         Ok(())
     }
 
-    /// Bucket and step.
-    fn check_place(&self, header: FrameHeader) -> Result<(), String> {
+    fn check_open(
+        &self,
+        header: FrameHeader,
+        steps: core::ops::RangeInclusive<u64>,
+    ) -> Result<(), Fault> {
         let FrameHeader { step, bucket, .. } = header;
-        if bucket.index() >= self.plan.buckets.len() {
-            return Err(format!(
-                "a frame names bucket {bucket}, but the plan has {}: run the same release with the same plan everywhere",
-                self.plan.buckets.len()
-            ));
+        let (low, high) = (*steps.start(), *steps.end());
+        if step.0 > high {
+            return Err(Fault::Protocol(format!(
+                "a frame came for step {step}, bucket {bucket}, which is not open yet: this shard takes steps {low} to {high}; run the same release everywhere"
+            )));
         }
-        if !self.here.contains(&bucket) {
-            return Err(format!(
-                "a frame names bucket {bucket}, of which shard {} owns nothing: give every worker the shards in the same order",
-                self.shard
-            ));
-        }
-        let (low, high) = (self.step.0, self.step.0.saturating_add(STEP_WINDOW));
-        if !(low..=high).contains(&step.0) || self.closed.contains(&(step, bucket)) {
-            let why = if step.0 > high {
-                "is not open yet"
-            } else {
-                "is closed"
-            };
-            return Err(format!(
-                "a frame came for step {step}, bucket {bucket}, which {why}: this shard is at step {low} and takes steps {low} to {high}; resume all workers from checkpoints of one step"
-            ));
+        if step.0 < low {
+            return Err(Fault::Gone(format!(
+                "step {step} is closed and its answers are no longer kept: the job is at step {}; join again",
+                self.step
+            )));
         }
         Ok(())
     }
@@ -172,220 +279,221 @@ impl Rounds {
         }
     }
 
-    /// Answers that are due, each with the round if it closed by it.
-    fn due(&mut self, live: &BTreeSet<Rank>) -> Vec<(Step, BucketId, Answer, u64, Option<Round>)> {
-        let mut answers = Vec::new();
-        let keys: Vec<_> = self.open.keys().copied().collect();
-        for key in keys {
-            answers.extend(self.due_of(key, live));
-        }
-        answers
+    /// Steps that frames may name while the shard knows where the job is.
+    pub(super) fn window(&self) -> core::ops::RangeInclusive<u64> {
+        self.step.0..=self.step.0.saturating_add(STEP_WINDOW)
     }
 
-    fn due_of(
+    pub(super) fn open_keys(&self) -> Vec<Key> {
+        self.open.keys().copied().collect()
+    }
+
+    /// The answer of an open round, if it is due.
+    pub(super) fn due(
         &mut self,
-        key: (Step, BucketId),
+        now: Duration,
+        key: Key,
         live: &BTreeSet<Rank>,
-    ) -> Option<(Step, BucketId, Answer, u64, Option<Round>)> {
-        let round = self.open.get_mut(&key)?;
-        let answer = round.advance(live)?;
-        let update = round.update;
-        let closed = if answer.last { self.close(key) } else { None };
-        Some((key.0, key.1, answer, update, closed))
+        rules: &ClosingRules,
+    ) -> Option<Due> {
+        let answer = self.open.get_mut(&key)?.advance(now, live, rules)?;
+        Some(self.answered(now, key, answer))
     }
 
-    fn close(&mut self, key: (Step, BucketId)) -> Option<Round> {
-        let round = self.open.remove(&key);
-        self.closed.insert(key);
-        while self
-            .here
-            .iter()
-            .all(|bucket| self.closed.contains(&(self.step, *bucket)))
-            && !self.here.is_empty()
-        {
-            let done = self.step;
-            self.step.0 = self.step.0.saturating_add(1);
-            self.closed = self.closed.split_off(&(self.step, BucketId(0)));
-            // The step that was just completed stays, to check the next one's update against.
-            self.updates = self.updates.split_off(&done);
+    fn answered(&mut self, now: Duration, key: Key, answer: Answer) -> Due {
+        let update = self.open.get(&key).map_or(0, |round| round.update);
+        let closed = answer.last.then(|| self.close(now, key, &answer)).flatten();
+        Due {
+            key,
+            update,
+            answer,
+            closed,
         }
-        round
+    }
+
+    fn close(&mut self, now: Duration, key: Key, answer: &Answer) -> Option<RoundClosed> {
+        let round = self.open.remove(&key)?;
+        let outcome = match (answer.non_finite, answer.contributors.len()) {
+            (true, _) => Outcome::NonFinite,
+            (false, count) if count >= self.members => Outcome::Complete,
+            _ => Outcome::Partial,
+        };
+        let contributors = answer.contributors.len() as u16;
+        let closed = closed_round(now, key, &round, outcome, contributors);
+        let kept = Closed {
+            update: round.update,
+            answers: round.into_answers(),
+        };
+        self.retained_bytes += kept.bytes();
+        self.closed.insert(key, kept);
+        self.move_on();
+        Some(closed)
+    }
+
+    /// The lowest step with an open bucket.
+    fn move_on(&mut self) {
+        while !self.here.is_empty()
+            && self
+                .here
+                .iter()
+                .all(|bucket| self.closed.contains_key(&(self.step, *bucket)))
+        {
+            self.step.0 = self.step.0.saturating_add(1);
+        }
+        // The step that was just completed stays, to check the next one's update against.
+        let last = Step(self.step.0.saturating_sub(1));
+        self.updates = self.updates.split_off(&last);
+    }
+
+    /// Drops answers that nobody can want any more, and those of the oldest steps beyond `limits`.
+    pub(super) fn prune(&mut self, now: Duration, limits: &Limits) {
+        if self.pin.is_some_and(|(_, until)| until <= now) {
+            self.pin = None;
+        }
+        let window = self.step.0.saturating_sub(RETAIN_STEPS);
+        let low = self.pin.map_or(window, |(pinned, _)| window.min(pinned.0));
+        while let Some(entry) = self.closed.first_entry() {
+            let step = entry.key().0;
+            let crowded = self.retained_bytes > limits.retained_bytes && step.0 + 1 < self.step.0;
+            if step.0 >= low && !crowded {
+                break;
+            }
+            self.retained_bytes -= entry.remove().bytes();
+        }
+    }
+
+    /// Keeps answers from `step` on for a worker that joins.
+    pub(super) fn pin(&mut self, now: Duration, step: Step) {
+        // Whoever joins next replays from a later step; the first one's answers are kept as long as it shows itself.
+        let step = self.pin.map_or(step, |(pinned, _)| pinned.min(step));
+        self.pin = Some((step, now + PIN_TIME));
+    }
+
+    /// Takes an answer that a worker holds. What follows from it, if it is news: answers that are due now.
+    pub(super) fn adopt(
+        &mut self,
+        now: Duration,
+        header: FrameHeader,
+        held: Held,
+        rank: Rank,
+    ) -> Result<Vec<Due>, (Rank, Fault)> {
+        let blame = |rank| move |fault| (rank, fault);
+        self.check_bucket(header.bucket).map_err(blame(rank))?;
+        let key = (header.step, header.bucket);
+        let mut due = Vec::new();
+        due.extend(
+            self.adopt_one(now, header, held, rank)
+                .map_err(blame(rank))?,
+        );
+        let early: Vec<_> = self
+            .held_early
+            .extract_if(.., |(place, _), _| *place == key)
+            .collect();
+        for ((_, rank), held) in early {
+            due.extend(
+                self.adopt_one(now, header, held, rank)
+                    .map_err(blame(rank))?,
+            );
+        }
+        Ok(due)
+    }
+
+    fn adopt_one(
+        &mut self,
+        now: Duration,
+        header: FrameHeader,
+        held: Held,
+        rank: Rank,
+    ) -> Result<Option<Due>, Fault> {
+        let key = (header.step, header.bucket);
+        if self.check_held(key, &held, rank)? {
+            return Ok(None);
+        }
+        if !self.open.contains_key(&key) {
+            if header.step < self.step {
+                // Older than what is kept: nobody can ask for it.
+                return Ok(None);
+            }
+            let round = self.new_round(now, header);
+            self.open.insert(key, round);
+        }
+        self.updates
+            .entry(header.step)
+            .or_insert((header.update, rank));
+        let Some(round) = self.open.get_mut(&key) else {
+            return Ok(None);
+        };
+        let adopted = round
+            .adopt(now, held.clone())
+            .map_err(|error| Fault::Protocol(error.to_string()))?;
+        let Some(answer) = adopted else {
+            // Its selection is still on its way: frames of different streams come in any order.
+            self.held_early.insert((key, rank), held);
+            return Ok(None);
+        };
+        Ok(Some(self.answered(now, key, answer)))
+    }
+
+    /// Whether an answer of this kind is here already.
+    fn check_held(&self, key: Key, held: &Held, rank: Rank) -> Result<bool, Fault> {
+        let (step, bucket) = key;
+        let closed = self.closed.get(&key);
+        let here = match (closed, self.open.get(&key)) {
+            (Some(closed), _) => &closed.answers[..],
+            (None, Some(round)) => round.answers(),
+            (None, None) => &[],
+        };
+        let same = here.iter().find(|answer| answer.kind == held.kind);
+        match same {
+            Some(answer) if held.agrees(answer) => Ok(true),
+            // What closed without an answer of this kind was skipped before it came to that.
+            None if closed.is_none() => Ok(false),
+            _ => Err(Fault::Differs(format!(
+                "rank {rank} holds another answer to step {step}, bucket {bucket} than the others: it was cut off while shard {} restarted, and the job went on without it; join again",
+                self.shard
+            ))),
+        }
+    }
+
+    /// The shard has been told everything: the job is at `step`. Whoever asked for an answer of an earlier one that
+    /// nobody holds cannot go on.
+    pub(super) fn settle(&mut self, step: Step) -> BTreeSet<Rank> {
+        self.held_early.clear();
+        let later = self.open.split_off(&(step, BucketId(0)));
+        let dropped = core::mem::replace(&mut self.open, later);
+        self.step = self.step.max(step);
+        self.move_on();
+        dropped
+            .into_values()
+            .flat_map(|round| round.askers().into_keys())
+            .collect()
+    }
+
+    /// When a round's stragglers have had their time.
+    pub(super) fn next_deadline(&self, rules: &ClosingRules) -> Option<Duration> {
+        self.open
+            .values()
+            .filter_map(|round| round.deadline(rules))
+            .min()
     }
 
     /// Forgets all open rounds.
     pub(super) fn abandon(&mut self, now: Duration, out: &mut Vec<Action>) {
-        for ((step, bucket), round) in core::mem::take(&mut self.open) {
-            out.push(closed_observation(
-                now,
-                step,
-                bucket,
-                &round,
-                Outcome::Abandoned,
-                0,
-            ));
+        for (key, round) in core::mem::take(&mut self.open) {
+            let closed = closed_round(now, key, &round, Outcome::Abandoned, 0);
+            out.push(Action::Observe(Observation::RoundClosed(Box::new(closed))));
         }
     }
 }
 
-impl Shard {
-    pub(super) fn frame(
-        &mut self,
-        now: Duration,
-        session: SessionId,
-        header: FrameHeader,
-        body: Bytes,
-        out: &mut Vec<Action>,
-    ) {
-        if !self.knows(session) {
-            // Removed while the frame was under way.
-            return;
-        }
-        if let Err(detail) = self.accept_frame(now, session, header, body) {
-            return self.violation(now, session, detail, out);
-        }
-        let minimum = self.minimum();
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        let live = job.members.live();
-        if live.len() < minimum {
-            return self.too_few(now, "the others left", out);
-        }
-        if let Some(due) = job.rounds.due_of((header.step, header.bucket), &live) {
-            self.answer(now, vec![due], out);
-        }
-    }
-
-    fn accept_frame(
-        &mut self,
-        now: Duration,
-        session: SessionId,
-        header: FrameHeader,
-        body: Bytes,
-    ) -> Result<(), String> {
-        let rank = self.sessions.get(&session).and_then(|s| s.rank);
-        let (Some(rank), Some(job)) = (rank, &mut self.job) else {
-            return Err(
-                "a round frame came before the Welcome: say Hello and wait for it".to_owned(),
-            );
-        };
-        if header.body_bytes as usize != body.len() {
-            return Err(format!(
-                "a frame's header says {} bytes, its body has {}",
-                header.body_bytes,
-                body.len()
-            ));
-        }
-        let parked = job.rounds.parked_bytes(rank) + body.len();
-        if parked > self.limits.parked_bytes_per_session {
-            return Err(format!(
-                "{parked} bytes of rank {rank} would wait here for other workers, above the limit of {}: use more shards or smaller buckets",
-                self.limits.parked_bytes_per_session
-            ));
-        }
-        let frame = Frame {
-            rank,
-            kind: header.kind,
-            non_finite: header.flags.non_finite,
-            body,
-        };
-        job.rounds.accept(now, header, frame, &job.members.live())
-    }
-
-    /// After a loss: closes the phases that waited for the lost one alone.
-    pub(super) fn advance_all(&mut self, now: Duration, out: &mut Vec<Action>) {
-        if let Some(job) = &mut self.job {
-            let due = job.rounds.due(&job.members.live());
-            self.answer(now, due, out);
-        }
-    }
-
-    fn answer(
-        &mut self,
-        now: Duration,
-        due: Vec<(Step, BucketId, Answer, u64, Option<Round>)>,
-        out: &mut Vec<Action>,
-    ) {
-        let Some(Job {
-            members: Members::Running { epoch, joined, .. },
-            ..
-        }) = &self.job
-        else {
-            return;
-        };
-        for (step, bucket, answer, update, closed) in due {
-            send(*epoch, joined, step, bucket, update, &answer, out);
-            if let Some((rank, lag)) = answer.straggler {
-                let seconds = lag.as_secs_f64();
-                if let Some(member) = joined
-                    .get(&rank)
-                    .and_then(|session| self.sessions.get_mut(session))
-                {
-                    member.waited_for_seconds += seconds;
-                }
-                out.push(Action::Observe(Observation::Waited { rank, seconds }));
-            }
-            if let Some(round) = closed {
-                let contributors = answer.contributors.len() as u16;
-                let outcome = match (answer.non_finite, contributors == self.config.world) {
-                    (true, _) => Outcome::NonFinite,
-                    (false, true) => Outcome::Complete,
-                    (false, false) => Outcome::Partial,
-                };
-                out.push(closed_observation(
-                    now,
-                    step,
-                    bucket,
-                    &round,
-                    outcome,
-                    contributors,
-                ));
-            }
-        }
-    }
-}
-
-/// The same body to every member, each with its own `counted` flag.
-fn send(
-    epoch: Epoch,
-    joined: &BTreeMap<Rank, SessionId>,
-    step: Step,
-    bucket: BucketId,
-    update: u64,
-    answer: &Answer,
-    out: &mut Vec<Action>,
-) {
-    for (rank, session) in joined {
-        let flags = FrameFlags {
-            non_finite: answer.non_finite,
-            counted: answer.contributors.contains(rank),
-        };
-        let header = FrameHeader {
-            kind: answer.kind,
-            flags,
-            bucket,
-            epoch,
-            step,
-            update,
-            body_bytes: answer.body.len() as u32,
-        };
-        out.push(Action::Round {
-            session: *session,
-            header,
-            body: answer.body.clone(),
-        });
-    }
-}
-
-fn closed_observation(
+fn closed_round(
     now: Duration,
-    step: Step,
-    bucket: BucketId,
+    (step, bucket): Key,
     round: &Round,
     outcome: Outcome,
     contributors: u16,
-) -> Action {
-    Action::Observe(Observation::RoundClosed(Box::new(RoundClosed {
+) -> RoundClosed {
+    RoundClosed {
         step,
         bucket,
         update: round.update,
@@ -397,5 +505,5 @@ fn closed_observation(
         captured_energy: round.captured_energy,
         density: round.density,
         seconds: now.saturating_sub(round.opened).as_secs_f64(),
-    })))
+    }
 }

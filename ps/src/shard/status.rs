@@ -1,8 +1,8 @@
 //! What people see: a snapshot of the machine and what it remembers of the past, all of it bounded.
 
 use super::event::{Observation, Outcome, Report, SessionId, Traffic};
-use super::members::Members;
-use super::{Job, Shard};
+use super::members::Waited;
+use super::{Job, Life, Shard};
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use core::time::Duration;
@@ -22,6 +22,8 @@ pub enum Stage {
     Empty,
     /// Shard 0 waits for the world to be complete.
     Gathering,
+    /// It was restarted, and is told by the workers where the job is.
+    Recovering,
     /// Steps go on.
     Running,
 }
@@ -84,19 +86,43 @@ pub struct PlanStatus {
     pub algorithm: AlgorithmConfig,
 }
 
+/// How a worker stands here.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Standing {
+    /// Rounds wait for it.
+    Live,
+    /// It gets its state, or replays what came since.
+    Joining,
+    /// It is connected here, but not to another shard.
+    CutOff,
+    /// Its connection is lost; it may come back.
+    Away,
+}
+
 /// One worker.
 #[derive(Clone, PartialEq, Debug, Serialize)]
 pub struct MemberStatus {
-    /// Session.
-    pub session: SessionId,
+    /// Session, while it is connected.
+    pub session: Option<SessionId>,
     /// Rank, once given.
     pub rank: Option<Rank>,
     /// Host name and process id.
     pub host: String,
-    /// Seconds since its Hello.
+    /// How it stands.
+    pub standing: Standing,
+    /// The highest step that it is known to have come to.
+    pub step: Step,
+    /// Seconds since its first Hello.
     pub since_seconds: f64,
     /// Seconds for which the others waited for it, all phases together.
     pub waited_for_seconds: f64,
+    /// Phases that closed without it (with a quorum).
+    pub missed_phases: u64,
+    /// Longest time by which a contribution of its came too late.
+    pub worst_lateness_seconds: f64,
+    /// It is late most of the time.
+    pub straggling: bool,
     /// Its last report (only shard 0 gets them).
     pub report: Option<Report>,
 }
@@ -295,7 +321,38 @@ impl Board {
                     )
                 })
             }
-            Observation::Waited { .. } => None,
+            Observation::Away { rank, reason } => Some(format!("rank {rank} is away: {reason}")),
+            Observation::Returned { rank, seconds } => {
+                Some(format!("rank {rank} is back after {seconds:.1} s"))
+            }
+            Observation::JoinedLater { rank, step } => {
+                Some(format!("rank {rank} joins with a snapshot of step {step}"))
+            }
+            Observation::Recovering { members } => Some(format!(
+                "a job of {members} workers is under way: they tell where it is"
+            )),
+            Observation::Recovered {
+                step,
+                told,
+                members,
+                adopted,
+                seconds,
+            } => Some(format!(
+                "{told} of {members} workers have told everything: goes on at step {step} with {adopted} answers that they held, after {seconds:.1} s"
+            )),
+            Observation::Straggling { rank, persistent } => Some(if *persistent {
+                format!(
+                    "rank {rank} is late most of the time: look at its machine, or raise --straggler-timeout-seconds"
+                )
+            } else {
+                format!("rank {rank} is in time again")
+            }),
+            Observation::DigestsDiffer { step, ranks } => Some(format!(
+                "the parameters of ranks {ranks:?} differ from those of the most at step {step}"
+            )),
+            Observation::Adopted { .. } | Observation::Late { .. } | Observation::Waited { .. } => {
+                None
+            }
             Observation::Reported { report, .. } => {
                 if report.loss.is_finite() {
                     self.loss.add(report.step, report.loss);
@@ -324,14 +381,15 @@ impl Shard {
             shard: self.config.shard,
             shards: self.config.shards,
             job: self.config.job.clone(),
-            stage: match job.map(|job| &job.members) {
+            stage: match job.map(|job| &job.life) {
                 None => Stage::Empty,
-                Some(Members::Gathering(_)) => Stage::Gathering,
-                Some(Members::Running { .. }) => Stage::Running,
+                Some(Life::Gathering) => Stage::Gathering,
+                Some(Life::Recovering(_)) => Stage::Recovering,
+                Some(Life::Running) => Stage::Running,
             },
             world: self.config.world,
             min_workers: self.config.min_workers,
-            epoch: job.map_or(Epoch(0), |job| job.members.epoch()),
+            epoch: job.map_or(Epoch(0), |job| job.members.epoch),
             step: job.map_or(Step(0), |job| job.rounds.step()),
             update: job.and_then(|job| job.rounds.update()),
             uptime_seconds: now.as_secs_f64(),
@@ -347,20 +405,41 @@ impl Shard {
     }
 
     fn member_statuses(&self, now: Duration) -> Vec<MemberStatus> {
-        let mut members: Vec<_> = self
-            .sessions
-            .iter()
-            .map(|(session, s)| MemberStatus {
-                session: *session,
-                rank: s.rank,
-                host: s.host.clone(),
-                since_seconds: now.saturating_sub(s.since).as_secs_f64(),
-                waited_for_seconds: s.waited_for_seconds,
-                report: s.report,
-            })
-            .collect();
-        members.sort_by_key(|m| (m.rank.is_none(), m.rank, m.session));
-        members
+        let Some(job) = &self.job else {
+            return Vec::new();
+        };
+        let members = job.members.iter().map(|(rank, m)| MemberStatus {
+            session: m.session(),
+            rank: Some(rank),
+            host: m.host.clone(),
+            standing: match (m.session(), m.waited) {
+                (None, _) => Standing::Away,
+                (_, Waited::From(_)) => Standing::Live,
+                (_, Waited::Joining) => Standing::Joining,
+                (_, Waited::CutOff) => Standing::CutOff,
+            },
+            step: m.step,
+            since_seconds: now.saturating_sub(m.since).as_secs_f64(),
+            waited_for_seconds: m.waited_for_seconds,
+            missed_phases: m.lateness.missed,
+            worst_lateness_seconds: m.lateness.worst.as_secs_f64(),
+            straggling: m.lateness.persistent,
+            report: m.report,
+        });
+        let applicants = job.applicants.iter().map(|applicant| MemberStatus {
+            session: Some(applicant.session),
+            rank: None,
+            host: applicant.host.clone(),
+            standing: Standing::Joining,
+            step: Step(0),
+            since_seconds: 0.0,
+            waited_for_seconds: 0.0,
+            missed_phases: 0,
+            worst_lateness_seconds: 0.0,
+            straggling: false,
+            report: None,
+        });
+        members.chain(applicants).collect()
     }
 }
 
@@ -377,15 +456,15 @@ impl PlanStatus {
 }
 
 fn open_rounds(job: &Job, now: Duration) -> Vec<OpenRound> {
-    let live = job.members.live();
     let open = job.rounds.open().take(64);
     open.map(|(step, bucket, round)| OpenRound {
         step,
         bucket,
         gathers: format!("{:?}", round.gathers()).to_lowercase(),
-        missing: live
-            .iter()
-            .copied()
+        missing: job
+            .members
+            .live(now, step)
+            .into_iter()
             .filter(|rank| !round.has(*rank))
             .collect(),
         open_seconds: now.saturating_sub(round.opened).as_secs_f64(),

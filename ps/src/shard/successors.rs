@@ -1,16 +1,15 @@
 //! Workers of the next start of the job, at a shard that still has members of the last one.
 //!
 //! Workers that die are noticed by silence, at every shard for itself. Shard 0 gives ranks again once all are gone there;
-//! at the other shards some may be left for a second more. A Hello that does not fit the job here, from a process that
-//! is no member of it, is of that next start: shard 0 has admitted it. It waits until nobody of the last start is left,
-//! and no longer than [`JOIN_GRACE`]. So a restart does not fail by its timing, and nobody who still lives is removed
-//! on another's word.
+//! at the other shards some may be connected for a second more. A member of another run is of that next start: shard 0
+//! has admitted it. It waits until nobody of the last start is connected, and no longer than [`JOIN_GRACE`]. So a restart
+//! does not fail by its timing, and nobody who still lives is removed on another's word.
 
 use super::event::{Action, SessionId};
-use super::members::Refusal;
+use super::hello::Refusal;
 use super::{JOIN_GRACE, Shard, refuse};
 use arc_topk_common::ids::ShardId;
-use arc_topk_common::wire::Hello;
+use arc_topk_common::wire::{Hello, Intent, MAX_WORLD, RefusalCode};
 use core::time::Duration;
 
 /// A worker that waits for the last start of the job to be over.
@@ -29,12 +28,17 @@ impl Shard {
         hello: Hello,
         refusal: Refusal,
     ) -> Result<(), Refusal> {
-        let member = |s: &super::Session| s.incarnation == hello.incarnation;
+        let Intent::Member { place, .. } = &hello.intent else {
+            return Err(refusal);
+        };
+        let another = self
+            .job
+            .as_ref()
+            .is_some_and(|job| job.run != place.run && job.members.connected_count() > 0);
         let waits = self.config.shard != ShardId(0)
-            && self.job.is_some()
+            && another
             && self.check_identity(&hello).is_ok()
-            && !self.sessions.values().any(member)
-            && self.successors.len() < usize::from(self.config.world);
+            && self.successors.len() < MAX_WORLD;
         if !waits {
             return Err(refusal);
         }
@@ -45,7 +49,7 @@ impl Shard {
 
     /// Admits those that waited once the last start is over, and refuses those that have waited too long.
     pub(super) fn attend_successors(&mut self, now: Duration, out: &mut Vec<Action>) {
-        if self.job.is_none() {
+        if self.connected() == 0 {
             for (session, successor) in core::mem::take(&mut self.successors) {
                 self.hello(now, session, successor.hello, out);
             }
@@ -56,11 +60,18 @@ impl Shard {
             .successors
             .extract_if(.., |_, successor| waited(successor))
             .collect();
-        for (session, successor) in late {
-            match self.check_job(&successor.hello) {
-                Err(Refusal(code, detail)) => refuse(session, code, &detail, out),
-                Ok(()) => self.hello(now, session, successor.hello, out),
-            }
+        for (session, _) in late {
+            let detail = format!(
+                "workers of an earlier start are still connected to shard {} after {} s: end them first",
+                self.config.shard,
+                JOIN_GRACE.as_secs()
+            );
+            refuse(session, RefusalCode::World, &detail, out);
         }
+    }
+
+    pub(super) fn successors_deadline(&self) -> Option<Duration> {
+        let waits = self.successors.values().map(|s| s.since + JOIN_GRACE);
+        waits.min()
     }
 }

@@ -1,0 +1,364 @@
+//! Shard 0: workers that want a place. They gather until the world is complete, or, once the job runs, get the state of
+//! another worker first.
+//!
+//! A running job takes a worker in without a pause: a member (the *donor*) puts a snapshot of the replica, which is the same
+//! on all workers, into the store at the end of its step. The newcomer then gets the next rank and the snapshot's step; it
+//! fetches the snapshot, replays the answers of the steps since, and says when rounds are to wait for it.
+
+use super::event::{Action, Observation, SessionId};
+use super::hello::Refusal;
+use super::leaving::MEMBER_TIMEOUT;
+use super::members::Waited;
+use super::{Life, Shard};
+use arc_topk_common::ids::{Epoch, Rank, RunId, Step};
+use arc_topk_common::wire::{Control, Hello, Intent, MAX_WORLD, RefusalCode, Welcome};
+use core::time::Duration;
+use std::collections::BTreeMap;
+
+/// How long a donor may take before another one is asked.
+const DONOR_TIMEOUT: Duration = Duration::from_secs(60);
+
+/// A worker that wants a place.
+#[derive(Clone, Debug)]
+pub(super) struct Applicant {
+    pub(super) session: SessionId,
+    pub(super) host: String,
+    pub(super) incarnation: [u8; 16],
+    asked: Option<Rank>,
+    start: Step,
+    /// It can take its state from a snapshot.
+    elastic: bool,
+    /// Who was asked to help it, and when.
+    donor: Option<(Rank, Duration)>,
+}
+
+impl Shard {
+    /// A worker wants to join.
+    pub(super) fn apply(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        hello: &Hello,
+        out: &mut Vec<Action>,
+    ) -> Result<(), Refusal> {
+        let Intent::Join {
+            rank,
+            start_step,
+            elastic,
+            ..
+        } = hello.intent
+        else {
+            return Ok(());
+        };
+        let applicant = Applicant {
+            session,
+            host: hello.host.clone(),
+            incarnation: hello.incarnation,
+            asked: rank,
+            start: start_step,
+            elastic,
+            donor: None,
+        };
+        self.check_plan(hello)?;
+        self.check_applicant(&applicant)?;
+        if self.job.is_none() {
+            self.job = Some(self.new_job(&hello.plan, start_step, Life::Gathering)?);
+        }
+        let Some(job) = &mut self.job else {
+            return Ok(());
+        };
+        job.applicants.push(applicant);
+        let joined = (job.applicants.len() + job.members.connected_count()) as u16;
+        out.push(Action::Observe(Observation::Joined {
+            session,
+            rank: None,
+            host: hello.host.clone(),
+            joined,
+        }));
+        self.start_or_wait(now, out);
+        Ok(())
+    }
+
+    fn check_applicant(&self, applicant: &Applicant) -> Result<(), Refusal> {
+        let Some(job) = &self.job else {
+            return self.check_asked(applicant);
+        };
+        if job.applicants.len() >= MAX_WORLD {
+            let detail = "too many workers wait to join: start fewer".to_owned();
+            return Err(Refusal(RefusalCode::World, detail));
+        }
+        if !matches!(job.life, Life::Gathering) {
+            return if applicant.elastic {
+                Ok(())
+            } else {
+                Err(Refusal(
+                    RefusalCode::World,
+                    "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends".to_owned(),
+                ))
+            };
+        }
+        self.check_asked(applicant)?;
+        let taken = job
+            .applicants
+            .iter()
+            .find(|other| other.asked.is_some() && other.asked == applicant.asked);
+        if let (Some(other), Some(rank)) = (taken, applicant.asked) {
+            return Err(Refusal(
+                RefusalCode::Rank,
+                format!(
+                    "rank {rank} is taken by {}: give every worker a rank of its own, or none",
+                    other.host
+                ),
+            ));
+        }
+        match job.applicants.first() {
+            Some(first) if first.start != applicant.start => Err(Refusal(
+                RefusalCode::Step,
+                format!(
+                    "the worker starts at step {}, the others at step {}: resume all workers from checkpoints of one step",
+                    applicant.start, first.start
+                ),
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    fn check_asked(&self, applicant: &Applicant) -> Result<(), Refusal> {
+        match applicant.asked.filter(|rank| rank.0 >= self.config.world) {
+            None => Ok(()),
+            Some(rank) => Err(Refusal(
+                RefusalCode::Rank,
+                format!(
+                    "rank {rank} is out of range: a world of {} has ranks 0 to {}",
+                    self.config.world,
+                    self.config.world.saturating_sub(1)
+                ),
+            )),
+        }
+    }
+
+    /// Gives ranks when the world is complete, else says how many are there.
+    pub(super) fn start_or_wait(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let world = self.config.world;
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let gathering = matches!(job.life, Life::Gathering);
+        if !gathering || job.applicants.len() < usize::from(world) {
+            let joined = job.applicants.len() + job.members.connected_count();
+            let message = Control::Waiting {
+                joined: joined as u16,
+                world: if gathering {
+                    world
+                } else {
+                    self.config.max_workers
+                },
+            };
+            out.extend(job.applicants.iter().map(|applicant| Action::Control {
+                session: applicant.session,
+                message: message.clone(),
+            }));
+            return;
+        }
+        let applicants = core::mem::take(&mut job.applicants);
+        let (run, start) = applicants
+            .first()
+            .map_or((RunId::default(), Step(0)), |first| {
+                (RunId(first.incarnation), first.start)
+            });
+        job.run = run;
+        job.life = Life::Running;
+        let given = give_ranks(&applicants);
+        let ranks: Vec<Rank> = given.keys().copied().collect();
+        job.members.learn(Epoch(1), world, &ranks);
+        let mut welcomes = Vec::with_capacity(given.len());
+        for (rank, applicant) in given {
+            let member = applicant.member(start, Waited::From(start), now);
+            welcomes.push((applicant.session, rank));
+            job.members.insert(rank, member);
+        }
+        for (session, rank) in welcomes {
+            self.welcome(session, rank, out);
+        }
+        out.push(Action::Observe(Observation::Started {
+            epoch: Epoch(1),
+            world,
+            step: start,
+        }));
+    }
+
+    /// Asks donors for those that wait, while there is room.
+    pub(super) fn attend_applicants(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let max = usize::from(self.config.max_workers.max(self.config.world));
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        if job.applicants.is_empty() || !job.is_running() {
+            return;
+        }
+        let room = max.saturating_sub(job.members.connected_count());
+        let members = &job.members;
+        let can_donate = |rank: Rank| {
+            members.get(rank).is_some_and(|member| {
+                member.session().is_some() && matches!(member.waited, Waited::From(_))
+            })
+        };
+        let mut asked: BTreeMap<Rank, bool> = BTreeMap::new();
+        for applicant in job.applicants.iter_mut().take(room) {
+            let late = |since: Duration| now.saturating_sub(since) >= DONOR_TIMEOUT;
+            let before = applicant.donor;
+            let stands = before.filter(|(rank, since)| can_donate(*rank) && !late(*since));
+            if stands.is_some() {
+                continue;
+            }
+            // The next one after the donor that failed, from the first again after the last.
+            let able: Vec<Rank> = members
+                .iter()
+                .map(|(rank, _)| rank)
+                .filter(|rank| can_donate(*rank))
+                .collect();
+            let next = able
+                .iter()
+                .find(|rank| before.is_some_and(|(failed, _)| **rank > failed))
+                .or(able.first());
+            applicant.donor = next.map(|rank| (*rank, now));
+            asked.extend(next.map(|rank| (*rank, true)));
+        }
+        for rank in asked.into_keys() {
+            if let Some(session) = job.members.session(rank) {
+                out.push(Action::Control {
+                    session,
+                    message: Control::Donate,
+                });
+            }
+        }
+    }
+
+    /// A donor has put its snapshot into the store.
+    pub(super) fn donated(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        step: Step,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let Some(donor) = job.members.rank(session) else {
+            return;
+        };
+        job.rounds.pin(now, step);
+        let helped = |applicant: &Applicant| applicant.donor.is_some_and(|(rank, _)| rank == donor);
+        let (served, rest) = core::mem::take(&mut job.applicants)
+            .into_iter()
+            .partition(helped);
+        job.applicants = rest;
+        for applicant in served {
+            self.admit(now, &applicant, step, out);
+        }
+    }
+
+    fn admit(&mut self, now: Duration, applicant: &Applicant, step: Step, out: &mut Vec<Action>) {
+        let incarnation = self.config.incarnation;
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let rank = Rank(job.members.next_rank);
+        let session = applicant.session;
+        let Some(next_rank) = rank.0.checked_add(1) else {
+            let detail =
+                "this run has given all 65535 ranks: start the job again from its last snapshot";
+            return super::refuse(session, RefusalCode::World, detail, out);
+        };
+        let mut listed: Vec<Rank> = job.members.listed.iter().copied().collect();
+        listed.push(rank);
+        let epoch = Epoch(job.members.epoch.0.saturating_add(1));
+        job.members.learn(epoch, next_rank, &listed);
+        job.members
+            .insert(rank, applicant.member(step, Waited::Joining, now));
+        out.push(Action::Control {
+            session,
+            message: Control::Welcome(Welcome {
+                shard_incarnation: incarnation,
+                retell: false,
+                place: job.members.place(job.run, rank),
+                step,
+                snapshot: true,
+            }),
+        });
+        out.push(Action::Observe(Observation::JoinedLater { rank, step }));
+        self.tell_members(&format!("rank {rank} ({}) joins", applicant.host), out);
+    }
+
+    pub(super) fn pin(&mut self, now: Duration, run: RunId, step: Step) {
+        if let Some(job) = self.job.as_mut().filter(|job| job.run == run) {
+            job.rounds.pin(now, step);
+        }
+    }
+
+    /// A member has caught up, or can reach all shards again.
+    pub(super) fn ready(
+        &mut self,
+        now: Duration,
+        session: SessionId,
+        step: Step,
+        out: &mut Vec<Action>,
+    ) {
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let Some(rank) = job.members.rank(session) else {
+            return;
+        };
+        if let Some(member) = job.members.get_mut(rank) {
+            member.waited = Waited::From(step);
+            member.step = member.step.max(step.min(super::LAST_START_STEP));
+        }
+        self.advance_all(now, out);
+    }
+
+    /// A member cannot reach another shard.
+    pub(super) fn cut_off(&mut self, now: Duration, session: SessionId, out: &mut Vec<Action>) {
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        let Some(rank) = job.members.rank(session) else {
+            return;
+        };
+        if let Some(member) = job.members.get_mut(rank) {
+            member.waited = Waited::CutOff;
+        }
+        self.advance_all(now, out);
+    }
+}
+
+impl super::Job {
+    pub(super) fn applicants_deadline(&self) -> Option<Duration> {
+        let donors = self
+            .applicants
+            .iter()
+            .filter_map(|applicant| Some(applicant.donor?.1 + DONOR_TIMEOUT));
+        // Members that are all away may come back; when they do not, those that wait start the job anew.
+        let away = self.members.away().map(|(_, since)| since).max();
+        let all_away = away
+            .filter(|_| !self.applicants.is_empty() && self.members.connected_count() == 0)
+            .map(|since| since + MEMBER_TIMEOUT);
+        donors.chain(all_away).min()
+    }
+}
+
+/// Ranks asked for are honoured; the others get the lowest free in order of arrival.
+fn give_ranks(applicants: &[Applicant]) -> BTreeMap<Rank, &Applicant> {
+    let mut given: BTreeMap<Rank, &Applicant> = applicants
+        .iter()
+        .filter_map(|applicant| applicant.asked.map(|rank| (rank, applicant)))
+        .collect();
+    for applicant in applicants.iter().filter(|a| a.asked.is_none()) {
+        let free = (0..=u16::MAX)
+            .map(Rank)
+            .find(|rank| !given.contains_key(rank));
+        given.insert(free.expect("a world has at most 65535 workers"), applicant);
+    }
+    given
+}
