@@ -4,6 +4,7 @@
 //! |---|---|
 //! | [`backend`] | buffers, feedback state and the passes over them, on a CPU or a device |
 //! | `cli` | `arc-worker`'s commands (feature `train`) |
+//! | [`member`] | a worker's place in an elastic job: one step machine and the links to all shards, without sockets |
 //! | [`memory`] | a whole job in one process, without sockets |
 //! | [`record`] | what a run leaves behind: `steps.jsonl` and `summary.json` |
 //! | `report` | the closing table and the HTML page, from records (feature `train`) |
@@ -15,6 +16,7 @@
 pub mod backend;
 #[cfg(feature = "train")]
 pub mod cli;
+pub mod member;
 pub mod memory;
 pub mod record;
 pub mod reducer;

@@ -23,6 +23,16 @@ pub enum ReduceError {
         /// Cause and remedy.
         detail: String,
     },
+    /// The job went on without this worker, further than it can follow. It may join again, with the state of a snapshot.
+    #[error(
+        "shard {shard} goes on without this worker: {detail}; join again, with the state of a snapshot"
+    )]
+    Superseded {
+        /// Shard.
+        shard: u16,
+        /// What happened.
+        detail: String,
+    },
     /// A connection was lost.
     #[error("connection to shard {shard} is lost: {detail}")]
     Disconnected {

@@ -143,8 +143,8 @@ pub struct FeedbackParams {
 /// In a dense round all rows travel, and A is U for ef14/none, and g for ef21/ef21m (the estimate restarts:
 /// v = g, h = sent, H = mean; without rounding on the wire v = h).
 ///
-/// A worker that missed a round ("did not count") keeps everything under ef14: e = U. Under ef21/ef21m it moves h by the
-/// mean that it learned of (a dense round: h = mean), which keeps H = mean hᵢ over all live workers.
+/// A worker that missed a round ("did not count") keeps everything under ef14: e = U. Under ef21/ef21m it takes H, as it is
+/// after the round, for its h, so that H = mean hᵢ, over those who were counted, still holds when it is counted again.
 ///
 /// Results are the same bits for every implementation of the machine's vector width and for every number of threads.
 ///

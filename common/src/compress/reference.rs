@@ -177,16 +177,14 @@ impl Kernels for Reference {
                 if state.feedback == Feedback::Ef21m {
                     state.momentum[all.clone()].copy_from_slice(&buffer[all.clone()]);
                 }
-                let moved = if sent.is_some() {
-                    scattered(sent_rows, &sent_values, width)
-                } else {
-                    scattered(mean_rows, mean, width)
-                };
-                for (i, x) in moved {
+                for (i, x) in scattered(sent_rows, &sent_values, width) {
                     state.local[i] += x;
                 }
                 for (i, x) in scattered(mean_rows, mean, width) {
                     state.global[i] += x;
+                }
+                if sent.is_none() {
+                    state.local[all.clone()].copy_from_slice(&state.global[all.clone()]);
                 }
                 buffer[all.clone()].copy_from_slice(&state.global[all]);
                 return;

@@ -24,6 +24,10 @@ const COPY_ELEMENTS: usize = 1 << 16;
 struct Slot {
     elements: usize,
     state: TensorState,
+    /// What was not counted of a tensor that travels whole and exactly: ef14 loses nothing, but a residual that is
+    /// nearly always zero is worth no memory. Empty while it is zero.
+    late: Vec<f32>,
+    keeps_late: bool,
     params: FeedbackParams,
     /// Gradient, then U, then the result: m·n, padded with zeros.
     buffer: Vec<f32>,
@@ -63,6 +67,14 @@ fn state_of(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> TensorState {
     TensorState::new(feedback, tensor.rows, tensor.width)
 }
 
+/// Whether what a worker sends of this tensor must be kept when it is not counted, although [`state_of`] has no place for it.
+fn keeps_late(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> bool {
+    !tensor.sparse
+        && algorithm.compressor != Compressor::Dense
+        && algorithm.feedback == Feedback::Ef14
+        && !algorithm.rounds_dense_tensors()
+}
+
 /// Segments of every tensor, by ascending rows.
 #[must_use]
 pub(crate) fn tensor_segments(plan: &Plan) -> Vec<Vec<Segment>> {
@@ -92,6 +104,8 @@ impl CpuBackend {
             .map(|(tensor, segments)| Slot {
                 elements: tensor.elements,
                 state: state_of(tensor, algorithm),
+                late: Vec::new(),
+                keeps_late: keeps_late(tensor, algorithm),
                 params: FeedbackParams {
                     eta: algorithm.eta,
                     // The residual of a tensor that travels whole is rounding alone: nothing stale to forget.
@@ -147,6 +161,34 @@ impl Slot {
         }
     }
 
+    /// Before a commit without a gradient: U is what leaves e and v as they are.
+    fn recall(&mut self, rows: &Range<usize>) {
+        let range = self.range(rows);
+        let kept = match self.state.feedback {
+            Feedback::Ef14 => &self.state.residual,
+            Feedback::Ef21m => &self.state.momentum,
+            Feedback::None | Feedback::Ef21 => return,
+        };
+        self.buffer[range.clone()].copy_from_slice(&kept[range]);
+    }
+
+    /// Before a commit: U stays here if it was not counted, or has gone.
+    fn keep(&mut self, rows: &Range<usize>, counted: bool) {
+        if !self.keeps_late || (counted && self.late.is_empty()) {
+            return;
+        }
+        let range = self.range(rows);
+        self.late.resize(self.state.rows * self.state.width, 0.0);
+        if counted {
+            self.late[range].fill(0.0);
+        } else {
+            self.late[range.clone()].copy_from_slice(&self.buffer[range]);
+        }
+        if self.late.iter().all(|x| *x == 0.0) {
+            self.late = Vec::new();
+        }
+    }
+
     /// [`Backend::load`] for one chunk of rows: copied, blended and sketched while it is in a cache.
     fn load_rows(
         &mut self,
@@ -162,6 +204,12 @@ impl Slot {
         } else {
             0.0
         };
+        if !self.late.is_empty() {
+            let range = self.range(&rows);
+            let late = &self.late[range.clone()];
+            let values = self.buffer[range].iter_mut();
+            values.zip(late).for_each(|(u, late)| *u += late);
+        }
         let finite = kernels.input(
             &self.state,
             self.params,
@@ -260,6 +308,11 @@ impl Backend for CpuBackend {
     fn commit(&mut self, end: SegmentCommit<'_>) -> Energies {
         let slot = &mut self.slots[end.segment.tensor.index()];
         let (rows, width) = (rows_of(end.segment), slot.state.width);
+        if end.abstained {
+            slot.recall(&rows);
+        } else {
+            slot.keep(&rows, end.sent.is_some());
+        }
         let (own, all): (&[u32], &[u32]) = match end.rows {
             SentRows::All => (&[], &[]),
             SentRows::Some(rows) => (rows, rows),
@@ -325,11 +378,23 @@ impl Backend for CpuBackend {
     }
 
     fn export(&self, tensor: TensorId) -> StateArrays {
-        arrays(&self.slots[tensor.index()].state)
+        let slot = &self.slots[tensor.index()];
+        let late = [("residual", &slot.late)];
+        arrays(&slot.state)
             .into_iter()
+            .chain(late)
             .filter(|(_, values)| !values.is_empty())
             .map(|(name, values)| (name, values.clone()))
             .collect()
+    }
+
+    fn optional_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)> {
+        let slot = &self.slots[tensor.index()];
+        if slot.keeps_late {
+            vec![("residual", slot.state.rows * slot.state.width)]
+        } else {
+            Vec::new()
+        }
     }
 
     fn state_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)> {
@@ -341,7 +406,12 @@ impl Backend for CpuBackend {
     }
 
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]) {
-        let state = &mut self.slots[tensor.index()].state;
+        let slot = &mut self.slots[tensor.index()];
+        if slot.keeps_late {
+            slot.late = values.to_vec();
+            return;
+        }
+        let state = &mut slot.state;
         let array = match name {
             "residual" => &mut state.residual,
             "momentum" => &mut state.momentum,

@@ -95,6 +95,9 @@ pub struct SegmentCommit<'a> {
     pub rows: SentRows<'a>,
     /// What this worker sent, encoded; `None` if it was not counted.
     pub sent: Option<&'a [u8]>,
+    /// It did not load a gradient, or one that must leave no trace: e and v stay as they are, to the bit. `sent` is
+    /// `None` then.
+    pub abstained: bool,
     /// Encoding of `sent`.
     pub codec_up: ValueCodec,
     /// The mean, encoded.
@@ -121,7 +124,7 @@ pub type StateArrays = Vec<(&'static str, Vec<f32>)>;
 
 /// One worker's buffers and feedback state.
 ///
-/// Order of calls in a step: [`load`](Backend::load) for every tensor, then any of the encoders, then either
+/// Order of calls in a step: [`load`](Backend::load) for every tensor (of none if the worker abstains), then any of the encoders, then either
 /// [`commit`](Backend::commit) once for every segment, or nothing (the step is skipped and U is forgotten).
 /// Only `commit` changes feedback state.
 pub trait Backend: Send {
@@ -152,6 +155,10 @@ pub trait Backend: Send {
     /// Names and lengths of the arrays that [`Backend::export`] gives for a tensor.
     fn state_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)>;
 
-    /// Replaces one array of a tensor's feedback state. Name and length are from [`Backend::state_lengths`].
+    /// Names and lengths of further arrays that [`Backend::export`] may give or leave out.
+    fn optional_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)>;
+
+    /// Replaces one array of a tensor's feedback state. Name and length are from [`Backend::state_lengths`] or
+    /// [`Backend::optional_lengths`]; an optional one that is left out is empty.
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]);
 }

@@ -29,6 +29,8 @@ impl StepMachine {
             total.sparse.sent += committed.sparse.sent;
             total.residual += committed.residual;
             total.elements_came += committed.elements_came;
+            total.rounds += committed.rounds;
+            total.counted += committed.counted;
         }
         for came in &mut self.came {
             // Shards own ranges in any order.
@@ -64,6 +66,8 @@ impl StepMachine {
             },
             gradient_norm: measured.then(|| self.gradient_energy.sqrt() as f32),
             residual_norm: measured.then(|| committed.residual.sqrt() as f32),
+            rounds: committed.rounds,
+            rounds_counted: committed.counted,
             compress_seconds: 0.0,
             wait_seconds: 0.0,
         }

@@ -73,6 +73,20 @@ pub enum StepError {
         /// State of the round.
         state: &'static str,
     },
+    /// A second answer to the same frame, with other bytes.
+    #[error(
+        "shard {shard} answered {kind:?} of step {step}, bucket {bucket} twice and differently: the job has gone two ways; restart this worker, it takes the state of a snapshot"
+    )]
+    AnswerDiffers {
+        /// Shard.
+        shard: ShardId,
+        /// Bucket.
+        bucket: BucketId,
+        /// Kind.
+        kind: FrameKind,
+        /// Step.
+        step: Step,
+    },
     /// The body cannot be read.
     #[error("answer of shard {shard} for bucket {bucket}: {source}")]
     Body {

@@ -13,19 +13,25 @@
 //! | state | event | next | frame out |
 //! |---|---|---|---|
 //! | filling | last gradient of the bucket, all finite | awaiting 0 | Sketch (arc), Values (randk), Sparse (topk), Dense |
-//! | filling | last gradient, one not finite in s's rows | awaiting 0 | the same kind, empty, `non_finite`, last |
+//! | filling | last gradient, one not finite in s's rows | awaiting 0 | the same kind, empty, `non_finite` |
+//! | filling | the step abstains | awaiting 0 | the same kind, empty, `absent` |
 //! | awaiting 0 (arc) | Selection | awaiting 1 | Values of the chosen rows, last |
 //! | awaiting 0 (others) | Mean, SparseMean, DenseMean | closed | |
 //! | awaiting 1 | Mean | closed | |
+//! | awaiting 0, abstaining or not finite (arc) | Selection | awaiting 1 | Values, empty, `absent`, last |
 //! | awaiting any | the phase's answer with `non_finite` | non-finite | (the stream just ends) |
+//! | any | an answer that came before, the same bytes | same | |
+//! | any | an answer that came before, other bytes | same | [`StepError::AnswerDiffers`] |
 //! | any | any other frame | same | [`StepError::UnexpectedFrame`] |
 //!
 //! # Invariants
 //!
 //! - Feedback state changes in `commit` alone, and only if every round of the step closed and none was non-finite.
 //!   Until then the buffers hold U and what was sent is kept. A skipped step leaves the state as it was, bit for bit.
-//! - What a round contributes to the state is decided by the answers' `counted` flags (dense tensors of an arc round:
-//!   by the Selection's; values: by the Mean's).
+//! - What a round contributes to the state is decided by the answers' rosters, or their `counted` flags if the machine
+//!   was not told its rank (dense tensors of an arc round: by the Selection's; values: by the Mean's). What was not counted
+//!   stays whole in ef14's residual, that of tensors that travel whole too; under ef21 and ef21m h becomes H.
+//! - A step that abstains leaves e and v as they are, bit for bit; h becomes H.
 //! - Frames of a round depend on nothing but its own bucket: the order of fills and of answers cannot be seen in any byte.
 //!
 //! # Passes over memory
@@ -38,16 +44,21 @@
 //! | Selection | μ of U | |
 //! | `commit` | U | e, result |
 //!
+//! Beyond the open step, the machine holds the answers of the last [`RETAINED_STEPS`] steps, so that it can tell them to a
+//! shard that was restarted: about density × model each, in wire types.
+//!
 //! The copy of g lets the trainer keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read
 //! U and e once more; g is measured in `fill`'s cached chunk.
 
 mod commit;
+mod elastic;
 mod error;
 mod result;
 mod round;
 mod state;
 mod stats;
 
+pub use elastic::RETAINED_STEPS;
 pub use error::{ImportError, StepError};
 pub use result::{RowsCame, TensorResult};
 pub use state::WorkerState;
@@ -56,11 +67,13 @@ pub use stats::{ByteCounts, StepOutcome, StepStats};
 use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};
 use arc_topk_common::compress::{Kernels, ProjectionKey};
 use arc_topk_common::config::algorithm::{Compressor, RoundKind};
-use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step, TensorId};
+use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::FrameHeader;
 use bytes::Bytes;
+use elastic::Kept;
 use round::{Committed, Round, State, Traffic};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 /// Steps between measurements of energies and norms, unless set otherwise.
@@ -83,6 +96,7 @@ pub struct Outgoing {
 struct StepContext<'a> {
     plan: &'a Plan,
     epoch: Epoch,
+    rank: Option<Rank>,
     step: Step,
     update: u64,
 }
@@ -119,8 +133,12 @@ pub struct StepMachine {
     plan: Arc<Plan>,
     backend: Box<dyn Backend>,
     epoch: Epoch,
+    /// This worker's, if it was told.
+    rank: Option<Rank>,
     step: Step,
     update: u64,
+    /// The open step only takes results.
+    abstains: bool,
     progress: Progress,
     measure_every: u64,
     /// By bucket, then shard; `None` where the shard owns nothing of the bucket.
@@ -135,6 +153,10 @@ pub struct StepMachine {
     came: Vec<Came>,
     traffic: Traffic,
     gradient_energy: f64,
+    /// Answers of the last committed steps, oldest first.
+    kept: VecDeque<Kept>,
+    /// Per shard, the lowest step that it still worked on when it was last heard.
+    job: Vec<Option<Step>>,
 }
 
 impl StepMachine {
@@ -165,8 +187,10 @@ impl StepMachine {
         Self {
             backend,
             epoch,
+            rank: None,
             step: start,
             update,
+            abstains: false,
             progress: Progress::Idle,
             measure_every: MEASURE_EVERY,
             rounds: Vec::new(),
@@ -177,6 +201,8 @@ impl StepMachine {
             came: vec![Came::default(); tensors],
             traffic: Traffic::default(),
             gradient_energy: 0.0,
+            kept: VecDeque::new(),
+            job: vec![None; usize::from(plan.spec.shards)],
             plan,
         }
     }
@@ -231,6 +257,7 @@ impl StepMachine {
         }
         self.traffic = Traffic::default();
         self.gradient_energy = 0.0;
+        self.abstains = false;
         self.progress = Progress::Open;
     }
 
@@ -247,7 +274,7 @@ impl StepMachine {
         self.fill_any(tensor, Gradient::F32(gradient), out)
     }
 
-    /// [`StepMachine::fill`] for gradients of any type, or none.
+    /// [`StepMachine::fill`] for gradients of any type, or none. In a step that abstains they are ignored.
     ///
     /// # Errors
     /// As [`StepMachine::fill`].
@@ -258,6 +285,9 @@ impl StepMachine {
         out: &mut Vec<Outgoing>,
     ) -> Result<(), StepError> {
         self.check_fill(tensor, gradient)?;
+        if self.abstains {
+            return Ok(());
+        }
         let bucket = self.plan.tensors[tensor.index()].bucket;
         let loaded = self.backend.load(tensor, gradient, self.load_pass(tensor));
         self.gradient_energy += loaded.gradient_energy;
@@ -280,7 +310,7 @@ impl StepMachine {
 
     /// No more gradients come in this step: the missing ones count as zeros.
     pub fn flush(&mut self, out: &mut Vec<Outgoing>) {
-        if self.progress != Progress::Open {
+        if self.progress != Progress::Open || self.abstains {
             return;
         }
         let plan = Arc::clone(&self.plan);
@@ -292,7 +322,8 @@ impl StepMachine {
         }
     }
 
-    /// A frame came from a shard. The answer, if there is one, is pushed onto `out`.
+    /// A frame came from a shard. The answer, if there is one, is pushed onto `out`. An answer that came before is
+    /// ignored, as are those of committed steps: both come when a connection was lost and found again.
     ///
     /// # Errors
     /// If the frame does not belong here or cannot be read: the session with this shard should end. Nothing changes.
@@ -303,17 +334,23 @@ impl StepMachine {
         body: Bytes,
         out: &mut Vec<Outgoing>,
     ) -> Result<(), StepError> {
+        self.note_lead(shard, &header);
+        if header.step < self.step {
+            return Ok(());
+        }
         self.check_frame(shard, &header)?;
         let at = self.round_at(header.bucket, shard);
         let ctx = StepContext {
             plan: &self.plan,
             epoch: self.epoch,
+            rank: self.rank,
             step: self.step,
             update: self.update,
         };
         let round = self.rounds[at].as_mut().expect("checked above");
+        let before = round.state();
         let answer = round.handle(&header, body, &mut *self.backend, &ctx, &mut self.traffic)?;
-        if matches!(round.state(), State::Closed | State::NonFinite) {
+        if round.state() != before && matches!(round.state(), State::Closed | State::NonFinite) {
             self.open_rounds -= 1;
         }
         out.extend(answer);
@@ -355,6 +392,7 @@ impl StepMachine {
             kind: self.kind(),
             stats: self.stats(&committed, measured && !skipped),
         };
+        self.keep_answers();
         self.step.0 += 1;
         self.update += u64::from(!skipped);
         self.progress = if skipped {
@@ -403,6 +441,7 @@ impl StepMachine {
         let ctx = StepContext {
             plan: &self.plan,
             epoch: self.epoch,
+            rank: self.rank,
             step: self.step,
             update: self.update,
         };
@@ -471,6 +510,7 @@ impl StepMachine {
         let ctx = StepContext {
             plan: &self.plan,
             epoch: self.epoch,
+            rank: self.rank,
             step: self.step,
             update: self.update,
         };

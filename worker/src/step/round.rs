@@ -9,7 +9,7 @@ use arc_topk_common::ids::{BucketId, ShardId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{
     Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Layout, Phase, RoundShape,
-    SegmentShape, WireError, append_selection,
+    SegmentShape, WireError, append_selection, decode_roster,
 };
 use bytes::Bytes;
 use core::ops::Range;
@@ -53,6 +53,13 @@ struct Exchange {
     counted: bool,
 }
 
+/// An answer as it came, roster included.
+#[derive(Clone, PartialEq, Debug)]
+pub(super) struct Answer {
+    pub(super) header: FrameHeader,
+    pub(super) body: Bytes,
+}
+
 /// One round.
 #[derive(Debug)]
 pub(super) struct Round {
@@ -61,8 +68,14 @@ pub(super) struct Round {
     state: State,
     /// All gradients so far are finite.
     finite: bool,
+    /// This worker contributes nothing more: it only takes the results.
+    abstains: bool,
     /// Sparse segments, then dense ones.
     exchanges: Vec<Exchange>,
+    /// The frame up that waits for its answer.
+    unanswered: Option<Outgoing>,
+    /// By phase.
+    answers: Vec<Answer>,
 }
 
 /// Bytes by kind, both directions.
@@ -81,6 +94,10 @@ pub(super) struct Committed {
     pub(super) residual: f64,
     /// Elements of compressible tensors that came.
     pub(super) elements_came: u64,
+    /// Rounds.
+    pub(super) rounds: u32,
+    /// Those of them that hold all of what this worker sent.
+    pub(super) counted: u32,
 }
 
 impl Round {
@@ -110,7 +127,10 @@ impl Round {
             phases,
             state: State::Filling,
             finite: true,
+            abstains: false,
             exchanges,
+            unanswered: None,
+            answers: Vec::with_capacity(phases.len()),
         })
     }
 
@@ -123,6 +143,25 @@ impl Round {
         self.finite = false;
     }
 
+    /// No gradients come: the first frame will say so.
+    pub(super) fn abstain(&mut self) {
+        self.abstains = true;
+    }
+
+    /// The frame up that waits for its answer.
+    pub(super) fn unanswered(&self) -> Option<&Outgoing> {
+        self.unanswered.as_ref()
+    }
+
+    /// Answers so far, in the order of phases.
+    pub(super) fn answers(&self) -> &[Answer] {
+        &self.answers
+    }
+
+    pub(super) fn shard(&self) -> ShardId {
+        self.shape.shard
+    }
+
     /// All gradients are there: sends the first frame.
     pub(super) fn open(
         &mut self,
@@ -132,17 +171,14 @@ impl Round {
     ) -> Outgoing {
         self.state = State::Awaiting(0);
         let kind = self.phases[0].up;
-        if !self.finite {
-            return self.outgoing(
-                0,
-                FrameFlags {
-                    non_finite: true,
-                    counted: false,
-                },
-                Bytes::new(),
-                ctx,
-                traffic,
-            );
+        if self.abstains || !self.finite {
+            self.take_shared_rows(ctx);
+            let flags = FrameFlags {
+                absent: self.abstains,
+                non_finite: !self.abstains,
+                ..FrameFlags::default()
+            };
+            return self.outgoing(0, flags, Bytes::new(), ctx, traffic);
         }
         let layout = match kind {
             FrameKind::Sketch => self.shape.sketch_layout(),
@@ -177,10 +213,26 @@ impl Round {
         ctx: &StepContext<'_>,
         traffic: &mut Traffic,
     ) -> Result<Option<Outgoing>, StepError> {
-        let expected = match self.state {
-            State::Awaiting(phase) if self.phases[phase].down == header.kind => phase,
+        let phase = self
+            .phases
+            .iter()
+            .position(|phase| phase.down == header.kind);
+        if let Some(known) = phase.and_then(|phase| self.answers.get(phase)) {
+            return if known.header.flags.non_finite == header.flags.non_finite && known.body == body
+            {
+                // Told twice: once on a connection that was lost, once on the next.
+                Ok(None)
+            } else {
+                Err(self.differs(header))
+            };
+        }
+        let expected = match (self.state, phase) {
+            (State::Awaiting(awaited), Some(phase)) if awaited == phase => phase,
             _ => return Err(self.unexpected(header)),
         };
+        if header.flags.held || header.flags.absent {
+            return Err(self.unexpected(header));
+        }
         if header.flags.non_finite {
             if !body.is_empty() {
                 return Err(self.body_error(WireError::BodyLength {
@@ -191,37 +243,88 @@ impl Round {
             }
             traffic.received.control += HEADER_BYTES as u64;
             self.state = State::NonFinite;
+            self.answered(header, body);
             return Ok(None);
         }
+        let (payload, counted) = self
+            .split(header, &body, ctx)
+            .map_err(|source| self.body_error(source))?;
         // A shard that averages what this worker did not send is out of its mind.
-        if !self.finite {
+        if counted && (self.abstains || !self.finite) {
             return Err(self.unexpected(header));
         }
-        let (shard, bucket) = (self.shape.shard, self.shape.bucket);
-        self.take(header, &body, &mut traffic.received)
-            .map_err(|source| StepError::Body {
-                shard,
-                bucket,
-                source,
-            })?;
+        self.take(header.kind, &payload, counted, &mut traffic.received)
+            .map_err(|source| self.body_error(source))?;
+        // The round closed before this worker's NaN came. It has no part in it, and leaves nothing behind.
+        self.abstains |= !self.finite;
+        self.answered(header, body);
         traffic.received.control += HEADER_BYTES as u64;
         if expected + 1 == self.phases.len() {
             self.state = State::Closed;
             return Ok(None);
         }
         self.state = State::Awaiting(expected + 1);
+        if self.abstains {
+            let flags = FrameFlags {
+                absent: true,
+                ..FrameFlags::default()
+            };
+            return Ok(Some(self.outgoing(1, flags, Bytes::new(), ctx, traffic)));
+        }
         Ok(Some(self.send_values(backend, ctx, traffic)))
+    }
+
+    fn answered(&mut self, header: &FrameHeader, body: Bytes) {
+        self.unanswered = None;
+        self.answers.push(Answer {
+            header: *header,
+            body,
+        });
+    }
+
+    /// The body without its roster, and whether the answer holds what this worker sent. The roster decides where it is
+    /// known whose it is: an answer that another worker told the shard may carry that one's flag.
+    fn split(
+        &self,
+        header: &FrameHeader,
+        body: &Bytes,
+        ctx: &StepContext<'_>,
+    ) -> Result<(Bytes, bool), WireError> {
+        let roster = usize::from(header.roster_bytes);
+        let Some(payload) = body.len().checked_sub(roster) else {
+            return Err(WireError::Truncated {
+                what: "roster",
+                needed: roster,
+                left: body.len(),
+            });
+        };
+        let roster = decode_roster(&body[payload..])?;
+        let counted = ctx
+            .rank
+            .map_or(header.flags.counted, |rank| roster.contains(&rank));
+        Ok((body.slice(..payload), counted))
+    }
+
+    /// randk: the rows of the mean are known without any frame.
+    fn take_shared_rows(&mut self, ctx: &StepContext<'_>) {
+        if self.phases[0].up != FrameKind::Values {
+            return;
+        }
+        for exchange in self.exchanges.iter_mut().filter(|exchange| exchange.sparse) {
+            exchange.own = exchange.shared_rows(ctx);
+        }
     }
 
     /// Reads an answer into the exchanges; nothing changes if it cannot be read.
     fn take(
         &mut self,
-        header: &FrameHeader,
+        kind: FrameKind,
         body: &Bytes,
+        counted: bool,
         received: &mut ByteCounts,
     ) -> Result<(), WireError> {
         let sparse = self.shape.sparse.len();
-        match header.kind {
+        match kind {
             FrameKind::Selection => {
                 let selected = self.shape.decode_selection_body(body)?;
                 for (exchange, rows) in self.exchanges.iter_mut().zip(&selected.rows) {
@@ -233,7 +336,7 @@ impl Round {
                     &mut self.exchanges[sparse..],
                     &selected.layout.dense,
                     body,
-                    header,
+                    counted,
                 );
             }
             FrameKind::SparseMean => {
@@ -241,7 +344,7 @@ impl Round {
                 for (exchange, rows) in self.exchanges.iter_mut().zip(&selected.rows) {
                     exchange.union = Some(exchange.shape.absolute(rows));
                 }
-                self.assign_all(&selected.layout, body, header);
+                self.assign_all(&selected.layout, body, counted);
                 let (values, dense) = (
                     bytes_of(&selected.layout.sparse),
                     bytes_of(&selected.layout.dense),
@@ -256,26 +359,26 @@ impl Round {
                     .map(|e| e.own.len())
                     .collect();
                 let layout = self.shape.values_layout(&kept, Direction::Down);
-                layout.check(header.kind, body.len())?;
+                layout.check(kind, body.len())?;
                 received.values += bytes_of(&layout.sparse);
                 received.dense += bytes_of(&layout.dense);
-                self.assign_all(&layout, body, header);
+                self.assign_all(&layout, body, counted);
             }
             _ => {
                 let layout = self.shape.dense_layout();
-                layout.check(header.kind, body.len())?;
+                layout.check(kind, body.len())?;
                 received.dense += body.len() as u64;
-                self.assign_all(&layout, body, header);
+                self.assign_all(&layout, body, counted);
             }
         }
         Ok(())
     }
 
     /// Means of the sparse segments and, where the frame carries them, of the dense ones.
-    fn assign_all(&mut self, layout: &Layout, body: &Bytes, header: &FrameHeader) {
+    fn assign_all(&mut self, layout: &Layout, body: &Bytes, counted: bool) {
         let (sparse, dense) = self.exchanges.split_at_mut(self.shape.sparse.len());
-        assign(sparse, &layout.sparse, body, header);
-        assign(dense, &layout.dense, body, header);
+        assign(sparse, &layout.sparse, body, counted);
+        assign(dense, &layout.dense, body, counted);
     }
 
     /// The values of the rows that the shard chose.
@@ -315,11 +418,19 @@ impl Round {
         measure: bool,
         came: &mut dyn FnMut(&SegmentShape, Option<&[u32]>),
     ) -> Committed {
-        let mut total = Committed::default();
+        let mut total = Committed {
+            rounds: 1,
+            counted: u32::from(self.exchanges.iter().all(|exchange| exchange.counted)),
+            ..Committed::default()
+        };
         let dense_round = self.shape.is_dense();
+        let (abstained, measure) = (self.abstains, measure && !self.abstains);
         for exchange in &mut self.exchanges {
             let all_rows = dense_round || !exchange.sparse;
-            let energies = backend.commit(exchange.end(all_rows, &self.shape, measure));
+            let energies = backend.commit(SegmentCommit {
+                abstained,
+                ..exchange.end(all_rows, &self.shape, measure)
+            });
             total.residual += energies.residual;
             if exchange.sparse {
                 total.sparse.input += energies.input;
@@ -340,7 +451,7 @@ impl Round {
     }
 
     fn outgoing(
-        &self,
+        &mut self,
         phase: usize,
         flags: FrameFlags,
         body: Bytes,
@@ -348,7 +459,7 @@ impl Round {
         traffic: &mut Traffic,
     ) -> Outgoing {
         traffic.sent.control += HEADER_BYTES as u64;
-        Outgoing {
+        let frame = Outgoing {
             shard: self.shape.shard,
             header: FrameHeader {
                 kind: self.phases[phase].up,
@@ -359,9 +470,22 @@ impl Round {
                 update: ctx.update,
                 body_bytes: u32::try_from(body.len())
                     .expect("the plan keeps bodies below MAX_BODY_BYTES"),
+                roster_bytes: 0,
+                lead: 0,
             },
             body,
-            last: flags.non_finite || phase + 1 == self.phases.len(),
+            last: phase + 1 == self.phases.len(),
+        };
+        self.unanswered = Some(frame.clone());
+        frame
+    }
+
+    fn differs(&self, header: &FrameHeader) -> StepError {
+        StepError::AnswerDiffers {
+            shard: self.shape.shard,
+            bucket: self.shape.bucket,
+            kind: header.kind,
+            step: header.step,
         }
     }
 
@@ -404,8 +528,7 @@ impl Exchange {
                 return 0..0;
             }
             FrameKind::Values => {
-                let rows = segment.row_start as usize..segment.row_end as usize;
-                self.own = randk_rows(ctx.key(segment.tensor), rows, self.shape.keep);
+                self.own = self.shared_rows(ctx);
                 backend.encode_rows(segment, &self.own, round.codec_up, body);
             }
             FrameKind::Sparse => {
@@ -428,6 +551,13 @@ impl Exchange {
         start..body.len()
     }
 
+    /// Rows that every worker draws alike.
+    fn shared_rows(&self, ctx: &StepContext<'_>) -> Vec<u32> {
+        let segment = self.shape.segment;
+        let rows = segment.row_start as usize..segment.row_end as usize;
+        randk_rows(ctx.key(segment.tensor), rows, self.shape.keep)
+    }
+
     fn end(&self, all_rows: bool, round: &RoundShape, measure: bool) -> SegmentCommit<'_> {
         let codec = |compressed: ValueCodec| {
             if all_rows {
@@ -448,6 +578,7 @@ impl Exchange {
                 None => SentRows::Some(&self.own),
             },
             sent: self.counted.then_some(&self.sent[..]),
+            abstained: false,
             codec_up: codec(round.codec_up),
             mean: &self.mean,
             codec_down: codec(round.codec_down),
@@ -456,10 +587,10 @@ impl Exchange {
     }
 }
 
-fn assign(exchanges: &mut [Exchange], ranges: &[Range<usize>], body: &Bytes, header: &FrameHeader) {
+fn assign(exchanges: &mut [Exchange], ranges: &[Range<usize>], body: &Bytes, counted: bool) {
     for (exchange, range) in exchanges.iter_mut().zip(ranges) {
         exchange.mean = body.slice(range.clone());
-        exchange.counted = header.flags.counted;
+        exchange.counted = counted;
     }
 }
 

@@ -64,6 +64,19 @@ impl StepMachine {
                 }
                 imports.push((tensor.id, array, values));
             }
+            for (array, expected) in self.backend.optional_lengths(tensor.id) {
+                let name = tensor.spec.name.clone();
+                let values = saved.remove(&array_name(array, &name)).unwrap_or_default();
+                if !values.is_empty() && values.len() != expected {
+                    return Err(ImportError::Length {
+                        array,
+                        tensor: name,
+                        expected,
+                        actual: values.len(),
+                    });
+                }
+                imports.push((tensor.id, array, values));
+            }
         }
         if let Some((name, _)) = saved.pop_first() {
             return Err(ImportError::Unknown { name });
@@ -74,6 +87,7 @@ impl StepMachine {
         self.step = state.step;
         self.update = state.update;
         self.progress = Progress::Idle;
+        self.kept.clear();
         Ok(())
     }
 }

@@ -53,6 +53,10 @@ pub struct StepStats {
     pub gradient_norm: Option<f32>,
     /// ‖A − C(A)‖ over all tensors after the step; `None` between measurements.
     pub residual_norm: Option<f32>,
+    /// Rounds of the step, 0 if it was skipped.
+    pub rounds: u32,
+    /// Those that hold all of this worker's contribution. Fewer than `rounds`: it was late, or abstained.
+    pub rounds_counted: u32,
     /// Seconds spent in compression; the driver of the machine fills it in.
     pub compress_seconds: f64,
     /// Seconds spent waiting for shards after the last gradient was pushed; the driver fills it in.

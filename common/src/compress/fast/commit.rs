@@ -83,7 +83,7 @@ pub(super) fn sparse(
                 &mut state.global[elements],
             ];
             in_chunks(width, &rows, arrays, |rows, [buffer, h, global]| {
-                advance(buffer, h, global, rows, sent.unwrap_or(mean), mean);
+                advance(buffer, h, global, rows, sent, mean);
             });
         }
         Feedback::Ef21m => {
@@ -96,7 +96,7 @@ pub(super) fn sparse(
             ];
             in_chunks(width, &rows, arrays, |rows, [buffer, h, global, v]| {
                 v.copy_from_slice(buffer);
-                advance(buffer, h, global, rows, sent.unwrap_or(mean), mean);
+                advance(buffer, h, global, rows, sent, mean);
             });
         }
     }
@@ -110,20 +110,25 @@ fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>) {
     }
 }
 
-/// h += moved, H += mean, result = H.
+/// H += mean, h += sent (h = H if it did not count), result = H.
 fn advance(
     buffer: &mut [f32],
     h: &mut [f32],
     global: &mut [f32],
     rows: Range<usize>,
-    moved: Rows<'_>,
+    sent: Option<Rows<'_>>,
     mean: Rows<'_>,
 ) {
-    for (at, values) in moved.within(rows.clone()) {
-        each(&mut h[at], values, |h, x| *h += x);
-    }
-    for (at, values) in mean.within(rows) {
+    for (at, values) in mean.within(rows.clone()) {
         each(&mut global[at], values, |h, x| *h += x);
+    }
+    match sent {
+        Some(sent) => {
+            for (at, values) in sent.within(rows) {
+                each(&mut h[at], values, |h, x| *h += x);
+            }
+        }
+        None => h.copy_from_slice(global),
     }
     buffer.copy_from_slice(global);
 }
