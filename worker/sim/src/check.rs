@@ -9,6 +9,7 @@
 //!   the shard was sent, by [`reference`](crate::reference), and compared byte by byte; or it is what a worker held.
 
 use crate::reference::{self, Contribution};
+use crate::sabotage::Sabotage;
 use arc_topk_common::ids::{BucketId, Rank, RunId, ShardId, Step};
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::plan::Plan;
@@ -65,7 +66,9 @@ pub struct Answer {
 }
 
 impl Answer {
-    fn of(header: &FrameHeader, body: &Bytes) -> Self {
+    /// The answer in a frame.
+    #[must_use]
+    pub fn of(header: &FrameHeader, body: &Bytes) -> Self {
         Self {
             non_finite: header.flags.non_finite,
             body: body.clone(),
@@ -100,6 +103,8 @@ struct Incarnation {
     /// The start of the job that it serves.
     run: Option<RunId>,
     contributions: BTreeMap<AnswerKey, BTreeMap<Rank, Vec<Contribution>>>,
+    /// Ranks as their contributions came, again and again if they were sent again.
+    arrivals: BTreeMap<AnswerKey, Vec<Rank>>,
     held: BTreeMap<AnswerKey, Vec<Answer>>,
     answers: BTreeMap<AnswerKey, Answer>,
     accepted: BTreeSet<LifeId>,
@@ -195,6 +200,19 @@ impl Checker {
         incarnation.accepted.insert(life);
     }
 
+    /// A life's rank, once it has one.
+    #[must_use]
+    pub fn rank(&self, life: LifeId) -> Option<Rank> {
+        self.lives.get(&life).map(|life| life.rank)
+    }
+
+    /// A worker begins with a replica: hash of the answers that led to it.
+    pub fn inherits(&mut self, life: LifeId, step: Step, chain: u64) {
+        if let Some(life) = self.lives.get_mut(&life) {
+            life.chain = BTreeMap::from([(step, chain)]);
+        }
+    }
+
     /// Whether a worker's copy counts.
     #[must_use]
     pub fn is_live(&self, life: LifeId) -> bool {
@@ -228,6 +246,7 @@ impl Checker {
             non_finite: header.flags.non_finite,
             body: body.clone(),
         };
+        self.shards[shard].arrivals.entry(key).or_default().push(rank);
         let sent = self.shards[shard].contributions.entry(key).or_default();
         let sent = sent.entry(rank).or_default();
         if !sent.contains(&contribution) {
@@ -320,6 +339,7 @@ impl Checker {
             shard.answers = shard.answers.split_off(&from);
             shard.contributions = shard.contributions.split_off(&from);
             shard.held = shard.held.split_off(&from);
+            shard.arrivals = shard.arrivals.split_off(&from);
         }
     }
 
@@ -383,6 +403,46 @@ impl Checker {
                 describe(answer)
             ))
         }
+    }
+
+    /// The payload that a bug on purpose makes; `None`: the right one.
+    #[must_use]
+    pub fn spoiled(
+        &self,
+        sabotage: Sabotage,
+        shard: usize,
+        header: &FrameHeader,
+        roster: &BTreeSet<Rank>,
+        members: usize,
+    ) -> Option<Vec<u8>> {
+        let up = up_kind(header.kind);
+        let key: AnswerKey = (header.step, header.bucket, up.into());
+        let sent = self.shards[shard].contributions.get(&key)?;
+        let arrivals = self.shards[shard].arrivals.get(&key)?;
+        let mut order: Vec<Rank> = roster.iter().copied().collect();
+        let again = |rank: &&Rank| arrivals.iter().filter(|other| other == rank).count() > 1;
+        match sabotage {
+            Sabotage::AddTwice => order.push(*order.first()?),
+            Sabotage::CountAgain => order.push(*roster.iter().find(again)?),
+            Sabotage::ArrivalOrder => order.sort_by_key(|rank| arrivals.iter().position(|other| other == rank)),
+            _ => {}
+        }
+        let of = |rank: &Rank| sent.get(rank).and_then(|sent| sent.last().cloned());
+        let mut contributions = order.iter().map(of).collect::<Option<Vec<_>>>()?;
+        if sabotage == Sabotage::DivideByMembers {
+            // Zero bytes are zeros in every codec, but no body of topk.
+            let zeros = Contribution {
+                non_finite: false,
+                body: vec![0; contributions.first()?.body.len()].into(),
+            };
+            let missing = members.saturating_sub(contributions.len());
+            contributions.extend((0..missing).filter(|_| up != FrameKind::Sparse).map(|_| zeros.clone()));
+        }
+        let shape = self.shape(shard, header);
+        let policy = self.plan.spec.algorithm.selection;
+        let chosen = self.selections(shard, header).pop().flatten();
+        fits(&shape, up, chosen.as_deref(), &contributions)
+            .then(|| reference::answer(&shape, policy, up, chosen.as_deref(), &contributions))?
     }
 
     /// The rows that a Mean may be about: those of the Selection that this process sent or was told.

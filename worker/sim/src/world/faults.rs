@@ -62,7 +62,7 @@ impl World<'_> {
                     self.note(format_args!("shard {shard} is killed"));
                     self.kill_shard(shard);
                     self.ends_after(down);
-                    self.schedule(down, Happening::Start(Place::Shard(shard)));
+                    self.schedule(down, Happening::Start(shard));
                 }
             }
             Fault::WorkerKill { worker } => self.strike_worker(worker, false),

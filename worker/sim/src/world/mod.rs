@@ -3,6 +3,7 @@
 mod faults;
 mod links;
 mod shards;
+mod spoil;
 mod workers;
 
 use crate::case::Case;
@@ -17,6 +18,8 @@ use core::time::Duration;
 use shards::ShardProcess;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use workers::WorkerProcess;
+
+pub(crate) use workers::OpenStep;
 
 /// With no fault about, a job must move within this time, whatever happened last: a worker is lost (3 s until it is noticed,
 /// 1 s of grace) or a shard is told everything again (3 s), and a step.
@@ -61,7 +64,7 @@ pub(crate) enum Happening {
     /// A joiner's fetch ends.
     Fetched { life: LifeId, worker: usize },
     /// A process starts.
-    Start(Place),
+    Start(usize),
     /// A frozen process goes on.
     Thaw(Place),
     /// The fault of this number.
@@ -124,6 +127,7 @@ pub struct World<'a> {
     coverage: Coverage,
     /// Answers that shards have sent: some faults wait for a number of them.
     answers: u64,
+    spoiled: spoil::Spoiled,
     /// Faults that wait for a number of answers.
     waiting: VecDeque<(u64, usize)>,
     /// No fault is about from here on.
@@ -133,6 +137,12 @@ pub struct World<'a> {
     /// All faults are over.
     healed: Option<Duration>,
     lives: u64,
+    /// Faults that have not struck yet.
+    pending: usize,
+    /// Workers that will come.
+    coming: usize,
+    /// Enough workers could go on since then.
+    calm_since: Duration,
     frontier: u64,
     finished: bool,
 }
@@ -164,11 +174,15 @@ impl<'a> World<'a> {
             checker: Checker::new(&case.plan),
             coverage: Coverage::default(),
             answers: 0,
+            spoiled: spoil::Spoiled::new(),
             waiting: VecDeque::new(),
             disturbed_until: Duration::from_secs(2),
             moved: Duration::ZERO,
             healed: None,
             lives: 0,
+            pending: 0,
+            coming: 0,
+            calm_since: Duration::ZERO,
             frontier: 0,
             finished: false,
         };
@@ -184,6 +198,7 @@ impl<'a> World<'a> {
         for _ in 0..self.case.world {
             let after = self.randoms.processes.time(Duration::ZERO..Duration::from_millis(500));
             self.schedule(after, Happening::NewWorker);
+            self.coming += 1;
         }
         self.plan_faults();
         self.schedule(Duration::from_secs(1), Happening::Watch);
@@ -278,11 +293,12 @@ impl<'a> World<'a> {
             Happening::Begin { life, worker } => self.begin(life, worker),
             Happening::Stored { life, worker, shard } => self.stored(life, worker, shard),
             Happening::Fetched { life, worker } => self.fetched(life, worker),
-            Happening::Start(Place::Shard(shard)) => {
+            Happening::Start(shard) => {
                 self.start_shard(shard);
                 Ok(())
             }
-            Happening::Start(Place::Worker(_)) | Happening::NewWorker => {
+            Happening::NewWorker => {
+                self.coming -= 1;
                 self.new_worker();
                 Ok(())
             }

@@ -2,12 +2,11 @@
 
 use super::{Happening, Place, World};
 use crate::check::{LifeId, Origin, Violation, broken};
-use crate::random::Random;
 use crate::trainer::Replica;
 use crate::wires::{Clock, ConnectionId, End, Packet, Stream};
 use arc_topk_common::ids::{RunId, ShardId, Step};
 use arc_topk_common::wire::{Control, FrameHeader, RefusalCode, Welcome};
-use arc_topk_ps::shard::{Action, Event, Observation, Report, SessionId, Shard, ShardConfig};
+use arc_topk_ps::shard::{Action, Event, Load, Observation, Report, SessionId, Shard, ShardConfig};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, VecDeque};
@@ -42,12 +41,22 @@ pub(super) struct ShardProcess {
     idle_ticks: u32,
 }
 
+impl ShardProcess {
+    /// Its clock has changed.
+    pub(super) fn rearm(&mut self) {
+        self.armed = None;
+    }
+
+    pub(super) fn load(&self) -> Load {
+        self.machine.load()
+    }
+}
+
 impl World<'_> {
     pub(super) fn new_shard(&mut self, shard: usize, generation: u64) -> ShardProcess {
         let case = self.case;
-        let random = &mut self.randoms.processes;
         let config = ShardConfig {
-            incarnation: random.bits(),
+            incarnation: self.randoms.processes.bits(),
             world: case.world,
             min_workers: case.min_workers,
             max_workers: case.max_workers,
@@ -139,9 +148,6 @@ impl World<'_> {
                 Event::Round { session, header, body }
             }
             Packet::Close { .. } => return Ok(()),
-        };
-        let Some(event) = self.spoil_event(shard, life, event) else {
-            return self.told_all(shard, session);
         };
         self.shard_handles(shard, event)?;
         self.told_all(shard, session)
@@ -245,6 +251,13 @@ impl World<'_> {
     /// The machine is handed an event.
     pub(super) fn shard_handles(&mut self, shard: usize, event: Event) -> Result<(), Violation> {
         let mut actions = Vec::new();
+        let event = match self.sabotage {
+            Some(_) => self.spoil_event(shard, event),
+            None => Some(event),
+        };
+        let Some(event) = event else {
+            return Ok(());
+        };
         let tick = event == Event::Tick;
         let local = self.shard_time(shard);
         let process = &mut self.shards[shard];
@@ -290,9 +303,6 @@ impl World<'_> {
         if let Control::Welcome(welcome) = &message {
             self.welcomed(shard, session, life, welcome)?;
         }
-        if self.spoils_message(shard, life, &message) {
-            return Ok(());
-        }
         self.send(connection, End::Worker, Stream::Control, Packet::Control(message));
         Ok(())
     }
@@ -326,12 +336,12 @@ impl World<'_> {
         if FrameHeader::decode(&encoded) != Ok(header) || header.body_bytes as usize != body.len() {
             return broken("wire", format!("shard {shard} sends a header that cannot be read: {header:?}"));
         }
-        let mut body = body;
-        self.spoil_answer(shard, life, &mut header, &mut body);
-        self.note(format_args!("shard {shard} -> {} {}", self.name(life), frame(&header)));
         let Some(rank) = self.rank_of(life) else {
             return broken("P", format!("shard {shard} answers one that has no place"));
         };
+        let mut body = body;
+        self.spoil_answer(shard, rank, &mut header, &mut body);
+        self.note(format_args!("shard {shard} -> {} {}", self.name(life), frame(&header)));
         match self.checker.answered(shard, rank, &header, &body)? {
             Origin::Formed => self.coverage.count("answers formed"),
             Origin::Adopted => self.coverage.count("answers adopted"),
@@ -406,8 +416,9 @@ impl World<'_> {
         self.shard_handles(shard, Event::Pin { run, step })
     }
 
-    pub(super) fn body_of_session(&self, shard: usize) -> usize {
-        self.shards[shard].sessions.len()
+    /// What the shard's clock shows.
+    fn shard_time(&self, shard: usize) -> Duration {
+        self.shards[shard].clock.local(self.now)
     }
 }
 
@@ -453,6 +464,3 @@ pub(super) fn frame(header: &FrameHeader) -> String {
         header.kind, header.step, header.bucket, header.update, header.lead, header.body_bytes
     )
 }
-
-/// For signatures.
-pub(super) type Draw = Random;

@@ -36,12 +36,12 @@ enum Stage {
 
 /// The open step as seen from outside.
 #[derive(Default)]
-pub(super) struct OpenStep {
+pub(crate) struct OpenStep {
     /// Gradients are still to come: the position of the next tensor in the order of backward.
     next_fill: Option<usize>,
-    gradients: BTreeMap<TensorId, Vec<f32>>,
-    pub(super) sent: BTreeMap<(BucketId, ShardId, FrameKey), Bytes>,
-    pub(super) answers: BTreeMap<(BucketId, ShardId, FrameKey), (FrameHeader, Answer)>,
+    pub(crate) gradients: BTreeMap<TensorId, Vec<f32>>,
+    pub(crate) sent: BTreeMap<(BucketId, ShardId, FrameKey), Bytes>,
+    pub(crate) answers: BTreeMap<(BucketId, ShardId, FrameKey), (FrameHeader, Answer)>,
 }
 
 /// A replica on its way to the stores.
@@ -80,6 +80,11 @@ pub(super) struct WorkerProcess {
 }
 
 impl WorkerProcess {
+    /// Its clock has changed.
+    pub(super) fn rearm(&mut self) {
+        self.armed = None;
+    }
+
     pub(super) fn is_training(&self) -> bool {
         self.alive && matches!(self.stage, Stage::Training)
     }
@@ -235,13 +240,13 @@ impl World<'_> {
     }
 
     fn worker_says(&mut self, worker: usize, shard: usize, message: Control) -> Result<(), Violation> {
-        let message = decoded(&message)?;
+        let mut message = decoded(&message)?;
         let life = self.workers[worker].life;
         self.note(format_args!("{} -> shard {shard} {}", self.name(life), short(&message)));
         let Some(connection) = self.workers[worker].links[shard] else {
             return Ok(());
         };
-        if self.spoils_saying(shard, &message) {
+        if self.spoils_saying(shard, &mut message) {
             return Ok(());
         }
         self.send(connection, End::Shard, Stream::Control, Packet::Control(message));
@@ -269,10 +274,10 @@ impl World<'_> {
                     message => self.worker_handles(worker, Input::Control { shard, message }),
                 }
             }
-            Packet::Frame(mut header, body) => {
+            Packet::Frame(mut header, mut body) => {
                 self.note(format_args!("{} <- shard {shard} {}", self.name(life), frame(&header)));
                 self.note_answer(worker, shard, &header, &body)?;
-                self.spoil_receipt(&mut header);
+                self.spoil_receipt(life, &mut header, &mut body);
                 self.worker_handles(worker, Input::Frame { shard, header, body })
             }
             Packet::Close { .. } => Ok(()),
@@ -502,7 +507,7 @@ impl World<'_> {
     }
 
     fn worker_sends(&mut self, worker: usize, frame_out: Outgoing) -> Result<(), Violation> {
-        let Outgoing { shard, mut header, body, .. } = frame_out;
+        let Outgoing { shard, header, body, .. } = frame_out;
         let process = &mut self.workers[worker];
         if FrameHeader::decode(&header.encode()) != Ok(header) || header.body_bytes as usize != body.len() {
             return broken("wire", format!("worker {worker} sends a header that cannot be read: {header:?}"));
@@ -521,7 +526,7 @@ impl World<'_> {
         };
         let life = process.life;
         self.note(format_args!("{} -> shard {shard} {}", self.name(life), frame(&header)));
-        if self.spoils_sending(&mut header) {
+        if self.spoils_sending(&header) {
             return Ok(());
         }
         self.coverage.count(if header.flags.held { "held answers told" } else if header.flags.absent { "absent frames" } else { "frames up" });
