@@ -189,13 +189,13 @@ impl Case {
         };
         let plan = Plan::build(spec).expect("the drawn settings are all in range");
         let steps = random.within(8..26);
-        let compute = random.pick(&[ms(5)..ms(15), ms(20)..ms(60), ms(50)..ms(200)].each_ref())
-            .clone();
+        let (least, most) = random.pick(&[(5, 15), (20, 60), (50, 200)]);
+        let compute = ms(least)..ms(most);
         let elastic = random.chance(700);
         let quorum = if random.chance(150) { world.div_ceil(2) } else { 0 };
         let faults = faults(
             &mut Random::new(seed, "fault plan"),
-            steps as u32 * compute.end,
+            compute.end * steps as u32,
             elastic,
         );
         Self {
@@ -276,14 +276,15 @@ fn algorithm(random: &mut Random, exact: bool) -> AlgorithmConfig {
     }
 }
 
+/// Shapes that tensors may have.
+const SHAPES: [&[u64]; 7] = [&[16, 8], &[48, 8], &[24, 9], &[8, 4, 4], &[20], &[7], &[64, 4]];
+
 fn tensors(random: &mut Random) -> Vec<TensorSpec> {
     let count = random.within(3..7);
     (0..count)
         .map(|at| TensorSpec {
             name: format!("t{at}"),
-            shape: random
-                .pick(&[&[16, 8], &[48, 8], &[24, 9], &[8, 4, 4], &[20], &[7], &[64, 4]][..].iter().map(|s: &&[u64]| *s).collect::<Vec<_>>())
-                .to_vec(),
+            shape: random.pick(&SHAPES).to_vec(),
             dtype: DType::F32,
             density: None,
         })

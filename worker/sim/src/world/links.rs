@@ -60,8 +60,8 @@ impl World<'_> {
             let wire = &self.connections[connection.0];
             (wire.worker, wire.shard)
         };
-        let way = self.link(worker, shard).towards(end);
-        if way.blocked > self.now {
+        let blocked = self.link(worker, shard).towards(end).blocked;
+        if blocked > self.now {
             // Lost on the way; it is sent again when the way is free.
             let at = self.arrival(worker, shard, end, packet.bytes());
             self.schedule_at(
