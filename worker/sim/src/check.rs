@@ -97,17 +97,28 @@ impl Answer {
     }
 }
 
-/// What one process of a shard was sent and sent.
+/// What one process of a shard was sent and sent, for one start of the job.
 #[derive(Debug, Default)]
 struct Incarnation {
-    /// The start of the job that it serves.
-    run: Option<RunId>,
     contributions: BTreeMap<AnswerKey, BTreeMap<Rank, Vec<Contribution>>>,
     /// Ranks as their contributions came, again and again if they were sent again.
     arrivals: BTreeMap<AnswerKey, Vec<Rank>>,
     held: BTreeMap<AnswerKey, Vec<Answer>>,
     answers: BTreeMap<AnswerKey, Answer>,
     accepted: BTreeSet<LifeId>,
+}
+
+impl Incarnation {
+    fn forget(&mut self, oldest: Step) {
+        let from = (oldest, BucketId(0), FrameKey(0));
+        if self.answers.first_key_value().is_none_or(|(key, _)| *key >= from) {
+            return;
+        }
+        self.answers = self.answers.split_off(&from);
+        self.contributions = self.contributions.split_off(&from);
+        self.held = self.held.split_off(&from);
+        self.arrivals = self.arrivals.split_off(&from);
+    }
 }
 
 /// One worker's life.
@@ -127,9 +138,8 @@ struct Life {
 #[derive(Debug)]
 pub struct Checker {
     plan: Arc<Plan>,
-    shards: Vec<Incarnation>,
+    shards: Vec<BTreeMap<RunId, Incarnation>>,
     lives: BTreeMap<LifeId, Life>,
-    newest: Step,
 }
 
 /// How an answer came to be.
@@ -150,19 +160,18 @@ impl Checker {
         let shards = plan.spec.shards;
         Self {
             plan: Arc::clone(plan),
-            shards: (0..shards).map(|_| Incarnation::default()).collect(),
+            shards: (0..shards).map(|_| BTreeMap::new()).collect(),
             lives: BTreeMap::new(),
-            newest: Step(0),
         }
     }
 
     /// A shard's process was started again and knows nothing.
     pub fn shard_started(&mut self, shard: usize) {
-        self.shards[shard] = Incarnation::default();
+        self.shards[shard].clear();
     }
 
-    /// A worker has a place. `chain`: hash of the answers that led to its first step.
-    pub fn life_began(&mut self, life: LifeId, run: RunId, rank: Rank, first: Step, chain: u64) {
+    /// A worker has a place. `first`: the step with which it starts the job; one that joins later [inherits](Self::inherits).
+    pub fn life_began(&mut self, life: LifeId, run: RunId, rank: Rank, first: Option<Step>) {
         self.lives.insert(
             life,
             Life {
@@ -170,7 +179,7 @@ impl Checker {
                 rank,
                 alive: true,
                 overtaken: BTreeSet::new(),
-                chain: BTreeMap::from([(first, chain)]),
+                chain: first.into_iter().map(|first| (first, 0)).collect(),
                 applied: BTreeMap::new(),
             },
         );
@@ -189,14 +198,7 @@ impl Checker {
             return;
         };
         member.overtaken.remove(&shard);
-        let incarnation = &mut self.shards[shard];
-        if incarnation.run != Some(member.run) {
-            *incarnation = Incarnation {
-                run: Some(member.run),
-                ..Incarnation::default()
-            };
-            self.newest = Step(0);
-        }
+        let incarnation = self.shards[shard].entry(member.run).or_default();
         incarnation.accepted.insert(life);
     }
 
@@ -237,48 +239,51 @@ impl Checker {
         header: &FrameHeader,
         body: &Bytes,
     ) {
-        let Some(Life { rank, .. }) = self.lives.get(&life).filter(|l| self.serves(shard, l)) else {
+        let Some(Life { rank, run, .. }) = self.lives.get(&life) else {
             return;
         };
         let rank = *rank;
+        let incarnation = self.shards[shard].entry(*run).or_default();
         let key = (header.step, header.bucket, header.kind.into());
         let contribution = Contribution {
             non_finite: header.flags.non_finite,
             body: body.clone(),
         };
-        self.shards[shard].arrivals.entry(key).or_default().push(rank);
-        let sent = self.shards[shard].contributions.entry(key).or_default();
+        incarnation.arrivals.entry(key).or_default().push(rank);
+        let sent = incarnation.contributions.entry(key).or_default();
         let sent = sent.entry(rank).or_default();
         if !sent.contains(&contribution) {
             sent.push(contribution);
         }
     }
 
-    fn serves(&self, shard: usize, life: &Life) -> bool {
-        self.shards[shard].run.is_none_or(|run| run == life.run)
-    }
-
     /// A held answer reaches a shard.
     pub fn told(&mut self, shard: usize, life: LifeId, header: &FrameHeader, body: &Bytes) {
-        if !self.lives.get(&life).is_some_and(|l| self.serves(shard, l)) {
+        let Some(Life { run, .. }) = self.lives.get(&life) else {
             return;
-        }
+        };
         let key = (header.step, header.bucket, header.kind.into());
-        let held = self.shards[shard].held.entry(key).or_default();
+        let incarnation = self.shards[shard].entry(*run).or_default();
+        let held = incarnation.held.entry(key).or_default();
         held.push(Answer::of(header, body));
     }
 
-    /// A shard answers `rank`.
+    /// A shard answers a worker.
     ///
     /// # Errors
     /// See the module.
     pub fn answered(
         &mut self,
         shard: usize,
-        rank: Rank,
+        life: LifeId,
         header: &FrameHeader,
         body: &Bytes,
     ) -> Result<Origin, Violation> {
+        let Some(Life { rank, run, .. }) = self.lives.get(&life) else {
+            return broken("P", format!("shard {shard} answers one that has no place"));
+        };
+        let (rank, run) = (*rank, *run);
+        self.shards[shard].entry(run).or_default();
         let key: AnswerKey = (header.step, header.bucket, header.kind.into());
         let answer = Answer::of(header, body);
         let roster = answer.roster()?;
@@ -296,7 +301,7 @@ impl Checker {
             );
             return broken("I2 counted as the roster says", detail);
         }
-        if let Some(known) = self.shards[shard].answers.get(&key) {
+        if let Some(known) = self.shards[shard][&run].answers.get(&key) {
             if *known == answer {
                 return Ok(Origin::Known);
             }
@@ -308,18 +313,18 @@ impl Checker {
             );
             return broken("I1 one answer", detail);
         }
-        let adopted = self.shards[shard]
+        let adopted = self.shards[shard][&run]
             .held
             .get(&key)
             .is_some_and(|held| held.contains(&answer));
         if !adopted {
-            self.check_formed(shard, header, &answer, &roster)
+            self.check_formed(&self.shards[shard][&run], shard, header, &answer, &roster)
                 .or_else(|detail| broken("I3 recomputed", format!("{}: {detail}", what())))?;
-            self.went_on(shard);
+            self.went_on(shard, run);
         }
-        self.newest = self.newest.max(header.step);
-        self.shards[shard].answers.insert(key, answer);
-        self.forget(shard);
+        let incarnation = self.shards[shard].entry(run).or_default();
+        incarnation.answers.insert(key, answer);
+        incarnation.forget(Step(header.step.0.saturating_sub(REMEMBERED)));
         Ok(if adopted {
             Origin::Adopted
         } else {
@@ -327,27 +332,11 @@ impl Checker {
         })
     }
 
-    fn forget(&mut self, shard: usize) {
-        let oldest = Step(self.newest.0.saturating_sub(REMEMBERED));
-        let from = (oldest, BucketId(0), FrameKey(0));
-        let shard = &mut self.shards[shard];
-        if shard
-            .answers
-            .first_key_value()
-            .is_some_and(|(key, _)| *key < from)
-        {
-            shard.answers = shard.answers.split_off(&from);
-            shard.contributions = shard.contributions.split_off(&from);
-            shard.held = shard.held.split_off(&from);
-            shard.arrivals = shard.arrivals.split_off(&from);
-        }
-    }
-
     /// The shard has formed an answer: whoever has not come to this process was left behind.
-    fn went_on(&mut self, shard: usize) {
-        let accepted = &self.shards[shard].accepted;
+    fn went_on(&mut self, shard: usize, run: RunId) {
+        let accepted = &self.shards[shard][&run].accepted;
         for (id, life) in &mut self.lives {
-            if life.alive && !accepted.contains(id) {
+            if life.alive && life.run == run && !accepted.contains(id) {
                 life.overtaken.insert(shard);
             }
         }
@@ -356,13 +345,13 @@ impl Checker {
     /// Whether the answer is what its roster's contributions make.
     fn check_formed(
         &self,
+        incarnation: &Incarnation,
         shard: usize,
         header: &FrameHeader,
         answer: &Answer,
         roster: &BTreeSet<Rank>,
     ) -> Result<(), String> {
         let up = up_kind(header.kind);
-        let incarnation = &self.shards[shard];
         let none = BTreeMap::new();
         let sent = incarnation
             .contributions
@@ -371,7 +360,7 @@ impl Checker {
         let shape = self.shape(shard, header);
         let policy = self.plan.spec.algorithm.selection;
         if answer.non_finite {
-            return check_skip(policy, &shape, up, sent, self.selections(shard, header));
+            return check_skip(policy, &shape, up, sent, self.selections(incarnation, shard, header));
         }
         let mut contributions = Vec::new();
         for rank in roster {
@@ -388,7 +377,7 @@ impl Checker {
             ));
         }
         let matches = self
-            .selections(shard, header)
+            .selections(incarnation, shard, header)
             .into_iter()
             .any(|chosen| {
                 fits(&shape, up, chosen.as_deref(), &contributions)
@@ -411,14 +400,16 @@ impl Checker {
         &self,
         sabotage: Sabotage,
         shard: usize,
+        life: LifeId,
         header: &FrameHeader,
         roster: &BTreeSet<Rank>,
         members: usize,
     ) -> Option<Vec<u8>> {
+        let incarnation = self.shards[shard].get(&self.lives.get(&life)?.run)?;
         let up = up_kind(header.kind);
         let key: AnswerKey = (header.step, header.bucket, up.into());
-        let sent = self.shards[shard].contributions.get(&key)?;
-        let arrivals = self.shards[shard].arrivals.get(&key)?;
+        let sent = incarnation.contributions.get(&key)?;
+        let arrivals = incarnation.arrivals.get(&key)?;
         let mut order: Vec<Rank> = roster.iter().copied().collect();
         let again = |rank: &&Rank| arrivals.iter().filter(|other| other == rank).count() > 1;
         match sabotage {
@@ -440,15 +431,19 @@ impl Checker {
         }
         let shape = self.shape(shard, header);
         let policy = self.plan.spec.algorithm.selection;
-        let chosen = self.selections(shard, header).pop().flatten();
+        let chosen = self.selections(incarnation, shard, header).pop().flatten();
         fits(&shape, up, chosen.as_deref(), &contributions)
             .then(|| reference::answer(&shape, policy, up, chosen.as_deref(), &contributions))?
     }
 
     /// The rows that a Mean may be about: those of the Selection that this process sent or was told.
-    fn selections(&self, shard: usize, header: &FrameHeader) -> Vec<Option<Vec<Vec<u32>>>> {
+    fn selections(
+        &self,
+        incarnation: &Incarnation,
+        shard: usize,
+        header: &FrameHeader,
+    ) -> Vec<Option<Vec<Vec<u32>>>> {
         let key = (header.step, header.bucket, FrameKind::Selection.into());
-        let incarnation = &self.shards[shard];
         let held = incarnation.held.get(&key).into_iter().flatten();
         let known: Vec<&Answer> = incarnation.answers.get(&key).into_iter().chain(held).collect();
         if header.kind != FrameKind::Mean || known.is_empty() {
@@ -482,8 +477,12 @@ impl Checker {
         };
         let mut hasher = DefaultHasher::new();
         own.chain.get(&step).hash(&mut hasher);
+        // Who skips, skips: some are told in the first phase of a round and others in the second.
+        let skipped = answers.values().any(|answer| answer.non_finite);
         for ((bucket, shard, kind), answer) in answers {
-            (bucket, shard, kind, answer.hash()).hash(&mut hasher);
+            if !skipped {
+                (bucket, shard, kind, answer.hash()).hash(&mut hasher);
+            }
             own.applied
                 .insert((step, *bucket, *shard, *kind), answer.clone());
         }
@@ -525,8 +524,19 @@ impl Checker {
 }
 
 fn first_difference(a: &Life, b: &Life) -> String {
-    let differs = a.applied.iter().find_map(|(key, answer)| {
-        let other = b.applied.get(key).filter(|other| *other != answer)?;
+    let both = |step: &Step| a.chain.contains_key(step) && b.chain.contains_key(step);
+    let nothing = Answer {
+        non_finite: true,
+        body: Bytes::new(),
+        roster_bytes: 0,
+    };
+    let keys: BTreeSet<_> = a.applied.keys().chain(b.applied.keys()).collect();
+    let differs = keys.into_iter().filter(|key| both(&Step(key.0.0 + 1)) && both(&key.0)).find_map(|key| {
+        let answer = a.applied.get(key).unwrap_or(&nothing);
+        let other = b.applied.get(key).unwrap_or(&nothing);
+        if answer == other {
+            return None;
+        }
         let (step, bucket, shard, kind) = key;
         Some(format!(
             "first at step {step}, bucket {bucket}, shard {shard}, kind {}: {} against {}",

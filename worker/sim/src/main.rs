@@ -22,7 +22,7 @@ struct Arguments {
     #[arg(long, requires = "seed")]
     trace: bool,
     /// Runs these seeds, as FIRST..END.
-    #[arg(long, default_value = "0..1000", value_parser = seed_range)]
+    #[arg(long, default_value = "0..1000", value_parser = seed_range, overrides_with = "seeds")]
     seeds: (u64, u64),
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]

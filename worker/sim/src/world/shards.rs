@@ -311,8 +311,8 @@ impl World<'_> {
         if self.is_joining(life) {
             let place = &welcome.place;
             self.note(format_args!("{} is rank {} of run {}", self.name(life), place.rank, place.run));
-            self.checker
-                .life_began(life, place.run, place.rank, welcome.step, 0);
+            let first = (!welcome.snapshot).then_some(welcome.step);
+            self.checker.life_began(life, place.run, place.rank, first);
             self.coverage.count(if welcome.snapshot { "joins of a running job" } else { "joins at a start" });
         }
         if welcome.retell {
@@ -336,13 +336,10 @@ impl World<'_> {
         if FrameHeader::decode(&encoded) != Ok(header) || header.body_bytes as usize != body.len() {
             return broken("wire", format!("shard {shard} sends a header that cannot be read: {header:?}"));
         }
-        let Some(rank) = self.rank_of(life) else {
-            return broken("P", format!("shard {shard} answers one that has no place"));
-        };
         let mut body = body;
-        self.spoil_answer(shard, rank, &mut header, &mut body);
+        self.spoil_answer(shard, life, &mut header, &mut body);
         self.note(format_args!("shard {shard} -> {} {}", self.name(life), frame(&header)));
-        match self.checker.answered(shard, rank, &header, &body)? {
+        match self.checker.answered(shard, life, &header, &body)? {
             Origin::Formed => self.coverage.count("answers formed"),
             Origin::Adopted => self.coverage.count("answers adopted"),
             Origin::Known => {}

@@ -44,11 +44,11 @@ impl World<'_> {
     pub(super) fn spoil_answer(
         &mut self,
         shard: usize,
-        rank: Rank,
+        life: LifeId,
         header: &mut FrameHeader,
         body: &mut Bytes,
     ) {
-        let Some(sabotage) = self.sabotage else {
+        let (Some(sabotage), Some(rank)) = (self.sabotage, self.rank_of(life)) else {
             return;
         };
         if header.flags.non_finite {
@@ -81,7 +81,7 @@ impl World<'_> {
                 let members = self.workers.iter().filter(|worker| worker.is_training()).count();
                 let checker = &self.checker;
                 let spoiled = self.spoiled.entry((shard, generation, key)).or_insert_with(|| {
-                    checker.spoiled(sabotage, shard, header, &ranks, members)
+                    checker.spoiled(sabotage, shard, life, header, &ranks, members)
                 });
                 if let Some(payload) = spoiled.clone() {
                     replace(header, body, payload, &roster);
