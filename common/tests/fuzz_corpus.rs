@@ -3,11 +3,11 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::ids::{BucketId, Epoch, Rank, Step};
+use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, Hello, RefusalCode, Welcome, any_bytes,
-    append_selection, encode_selection,
+    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, Place, RefusalCode, Welcome,
+    any_bytes, append_selection, encode_roster, encode_selection,
 };
 use std::path::PathBuf;
 
@@ -117,6 +117,11 @@ fn selections() {
 }
 
 #[test]
+fn rosters() {
+    run("roster", any_bytes::roster);
+}
+
+#[test]
 fn bodies() {
     run("body", any_bytes::body);
 }
@@ -144,6 +149,10 @@ fn write_seeds(target: &str) {
         })
         .collect(),
         "body" => body_seeds(),
+        "roster" => [&[0u16, 1, 2, 3][..], &[], &[7, 4000, 65535]]
+            .into_iter()
+            .map(|ranks| encode_roster(&ranks.iter().copied().map(Rank).collect()))
+            .collect(),
         other => panic!("no target {other}"),
     };
     std::fs::create_dir_all(folder(target)).unwrap();
@@ -156,6 +165,7 @@ fn header_seed(kind: FrameKind, body_bytes: u32) -> Vec<u8> {
     let flags = FrameFlags {
         non_finite: body_bytes == 0,
         counted: true,
+        ..FrameFlags::default()
     };
     let header = FrameHeader {
         kind,
@@ -165,6 +175,8 @@ fn header_seed(kind: FrameKind, body_bytes: u32) -> Vec<u8> {
         step: Step(3),
         update: 4,
         body_bytes,
+        roster_bytes: body_bytes.min(6) as u16,
+        lead: 1,
     };
     header.encode().to_vec()
 }
@@ -177,14 +189,17 @@ fn control_seeds() -> Vec<Vec<u8>> {
         density: Some(0.5),
     };
     let hello = Hello {
-        protocol: 1,
+        protocol: 2,
         job: "demo".into(),
         incarnation: [7; 16],
-        rank: Some(Rank(1)),
-        world: Some(4),
-        start_step: Step(0),
         shard: 0,
         host: "host 1".into(),
+        intent: Intent::Join {
+            rank: Some(Rank(1)),
+            world: Some(4),
+            start_step: Step(0),
+            elastic: true,
+        },
         plan: PlanSpec {
             trainer: String::new(),
             algorithm: AlgorithmConfig::default(),
@@ -203,14 +218,31 @@ fn control_seeds() -> Vec<Vec<u8>> {
         captured_energy: f32::NAN,
         residual_ratio: 1.0,
     };
-    let welcome = Welcome {
-        epoch: Epoch(1),
+    let place = Place {
+        run: RunId([9; 16]),
         rank: Rank(0),
-        world: 4,
-        start_step: Step(0),
+        epoch: Epoch(1),
+        next_rank: 4,
+        members: (0..4).map(Rank).collect(),
+    };
+    let member = Hello {
+        intent: Intent::Member {
+            place: place.clone(),
+            step: Step(3),
+            waited: true,
+        },
+        ..hello.clone()
+    };
+    let welcome = Welcome {
+        shard_incarnation: 5,
+        retell: false,
+        place,
+        step: Step(0),
+        snapshot: false,
     };
     [
         Control::Hello(Box::new(hello)),
+        Control::Hello(Box::new(member)),
         Control::Welcome(welcome),
         Control::Waiting {
             joined: 1,
@@ -222,10 +254,22 @@ fn control_seeds() -> Vec<Vec<u8>> {
         },
         Control::Membership {
             epoch: Epoch(2),
+            next_rank: 4,
             members: vec![Rank(0), Rank(2)],
+            away: vec![Rank(2)],
             reason: "rank 1 is gone".into(),
         },
         Control::Leave,
+        Control::Retelling { frames: 2 },
+        Control::Ready { step: Step(4) },
+        Control::Digest {
+            step: Step(5),
+            digest: [1; 32],
+        },
+        Control::DigestsDiffer {
+            step: Step(5),
+            ranks: vec![Rank(2)],
+        },
         report,
     ]
     .iter()

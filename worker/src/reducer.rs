@@ -1,7 +1,7 @@
 //! What a trainer sees: gradients in, results out, wherever the shards are.
 
-use crate::step::{ImportError, StepError, StepOutcome, TensorResult, WorkerState};
-use arc_topk_common::ids::{Rank, Step, TensorId};
+use crate::step::{ImportError, SHARED_ARRAY, StepError, StepOutcome, TensorResult, WorkerState};
+use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
 
 /// Why a step could not be finished.
@@ -21,16 +21,6 @@ pub enum ReduceError {
         /// Reason code.
         code: String,
         /// Cause and remedy.
-        detail: String,
-    },
-    /// The job went on without this worker, further than it can follow. It may join again, with the state of a snapshot.
-    #[error(
-        "shard {shard} goes on without this worker: {detail}; join again, with the state of a snapshot"
-    )]
-    Superseded {
-        /// Shard.
-        shard: u16,
-        /// What happened.
         detail: String,
     },
     /// A connection was lost.
@@ -58,6 +48,15 @@ pub enum ReduceError {
         /// How long nothing came.
         seconds: f32,
     },
+    /// The job went on without this worker for too long, or its copy went another way: it must join again, with a state
+    /// from a snapshot.
+    #[error("shard {shard}: the job went on without this worker: {detail}")]
+    Superseded {
+        /// Shard.
+        shard: u16,
+        /// Cause, for people.
+        detail: String,
+    },
     /// The session's own machinery ended.
     #[error("the session has ended: {detail}")]
     Ended {
@@ -74,6 +73,14 @@ pub enum ReduceError {
         /// Of the checkpoint.
         state: Step,
     },
+}
+
+/// How a step begins.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub struct StepStart {
+    /// The job has closed this step already, without this worker: its results come without gradients, so the trainer
+    /// pushes none and calls [`Reducer::finish`] at once.
+    pub behind: bool,
 }
 
 /// What the trainer knows about a finished step, for the status pages.
@@ -101,6 +108,27 @@ pub trait Reducer: Send {
     /// Number of workers that started the job.
     fn world(&self) -> u16;
 
+    /// The start of the job that this worker is a member of; `None` where jobs have no name.
+    fn run(&self) -> Option<RunId> {
+        None
+    }
+
+    /// Ranks that are in the job now, ascending, by the latest news. Those that are away for a moment are among them.
+    fn members(&self) -> Vec<Rank> {
+        (0..self.world()).map(Rank).collect()
+    }
+
+    /// How many workers the steps wait for now.
+    fn live_workers(&self) -> u16 {
+        self.world()
+    }
+
+    /// Whether this worker does what one must do for all: validate, and complete a snapshot. It is the one of the lowest
+    /// live rank. For a moment after a change two workers may hold themselves for it, or none.
+    fn is_leader(&self) -> bool {
+        self.rank() == Rank(0)
+    }
+
     /// The plan.
     fn plan(&self) -> &Plan;
 
@@ -110,8 +138,8 @@ pub trait Reducer: Send {
     /// Opens a step.
     ///
     /// # Errors
-    /// If the job has ended.
-    fn begin(&mut self) -> Result<(), ReduceError>;
+    /// If the job has ended, or went on without this worker ([`ReduceError::Superseded`]).
+    fn begin(&mut self) -> Result<StepStart, ReduceError>;
 
     /// Hands over a tensor's gradient. Its bucket is on its way as soon as it is complete.
     ///
@@ -136,6 +164,38 @@ pub trait Reducer: Send {
     /// # Errors
     /// If the state does not fit the plan; the error names the tensor.
     fn import_state(&mut self, state: WorkerState) -> Result<(), ReduceError>;
+
+    /// Step, update and the part of the feedback state that is equal on all workers: the estimate H of ef21 and ef21m
+    /// ([`SHARED_ARRAY`]), nothing under the other rules. Between steps only.
+    fn export_shared(&mut self) -> WorkerState {
+        let mut state = self.export_state();
+        state
+            .arrays
+            .retain(|(name, _)| name.split('/').next() == Some(SHARED_ARRAY));
+        state
+    }
+
+    /// The replica that this worker must [import](Reducer::import_state) before its first step, because it joined a job
+    /// that runs: that of this run, at this step. `None` for those that start the job, and after the import.
+    fn needs_snapshot(&self) -> Option<(RunId, Step)> {
+        None
+    }
+
+    /// Whether shard 0 has asked this worker to upload its replica for one that joins. Ask between steps, after the
+    /// results were applied; stays true until [`Reducer::donated`].
+    fn donation_due(&self) -> bool {
+        false
+    }
+
+    /// The replica that was asked for is in the shards' store: the state before `step`.
+    fn donated(&mut self, step: Step) {
+        let _ = step;
+    }
+
+    /// SHA-256 of all parameters before `step`, the next one, for shard 0 to compare with those of the others. Best effort.
+    fn digest(&mut self, step: Step, digest: [u8; 32]) {
+        let _ = (step, digest);
+    }
 
     /// Passes a report on to the status page of shard 0. Best effort.
     fn report(&mut self, report: TrainReport);

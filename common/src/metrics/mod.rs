@@ -126,7 +126,11 @@ impl Traffic {
             FrameKind::Values | FrameKind::Mean | FrameKind::Sparse | FrameKind::SparseMean => {
                 Self::Values
             }
-            FrameKind::Dense | FrameKind::DenseMean => Self::Dense,
+            FrameKind::Dense
+            | FrameKind::DenseMean
+            | FrameKind::Estimates
+            | FrameKind::Restore
+            | FrameKind::EstimatesMean => Self::Dense,
         }
     }
 }

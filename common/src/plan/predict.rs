@@ -174,7 +174,11 @@ fn frame_bytes(shape: &RoundShape, kind: FrameKind) -> KindBytes {
             bytes.values = values(direction);
             bytes.dense = shape.values_layout(&keep, direction).bytes as u64 - bytes.values;
         }
-        FrameKind::Dense | FrameKind::DenseMean => bytes.dense = shape.dense_layout().bytes as u64,
+        FrameKind::Dense
+        | FrameKind::DenseMean
+        | FrameKind::Estimates
+        | FrameKind::EstimatesMean => bytes.dense = shape.dense_layout().bytes as u64,
+        FrameKind::Restore => {}
         FrameKind::Sparse | FrameKind::SparseMean => {
             let direction = if kind.is_down() {
                 Direction::Down

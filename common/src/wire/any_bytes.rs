@@ -2,8 +2,8 @@
 //! accepted has exactly one encoding. The fuzz targets and `tests/fuzz_corpus.rs` call these functions.
 
 use super::{
-    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, RoundShape, decode_selection,
-    encode_selection,
+    Control, Direction, FrameHeader, FrameKind, HEADER_BYTES, RoundShape, decode_roster,
+    decode_selection, encode_roster, encode_selection,
 };
 use crate::config::AlgorithmConfig;
 use crate::config::algorithm::{Compressor, SelectionPolicy, ValueType};
@@ -80,6 +80,18 @@ pub fn selection(bytes: &[u8]) {
             bytes[..used],
             "a selection has one encoding"
         );
+    }
+}
+
+/// A roster.
+///
+/// # Panics
+/// If an accepted roster has another encoding.
+pub fn roster(bytes: &[u8]) {
+    if let Ok(ranks) = decode_roster(bytes)
+        && !bytes.is_empty()
+    {
+        assert_eq!(encode_roster(&ranks), bytes, "a roster has one encoding");
     }
 }
 

@@ -33,7 +33,7 @@ impl FrameFlags {
 
 impl FrameKind {
     /// All kinds, in the order of their numbers.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 11] = [
         Self::Sketch,
         Self::Selection,
         Self::Values,
@@ -42,6 +42,9 @@ impl FrameKind {
         Self::DenseMean,
         Self::Sparse,
         Self::SparseMean,
+        Self::Estimates,
+        Self::Restore,
+        Self::EstimatesMean,
     ];
 
     /// Whether shards send it (false: workers do).
@@ -50,9 +53,15 @@ impl FrameKind {
         (self as u8).is_multiple_of(2)
     }
 
+    /// Whether the round goes on after an answer of this kind, unless it says that all skip.
+    #[must_use]
+    pub fn goes_on(self) -> bool {
+        matches!(self, Self::Selection | Self::Restore)
+    }
+
     fn from_wire(value: u8) -> Result<Self, WireError> {
-        let index = usize::from(value).wrapping_sub(1);
-        Self::ALL.get(index).copied().ok_or(WireError::Unknown {
+        let known = Self::ALL.into_iter().find(|kind| *kind as u8 == value);
+        known.ok_or(WireError::Unknown {
             what: "frame kind",
             value: u64::from(value),
         })

@@ -10,6 +10,7 @@
 //! | randk | Values: values ‖ dense tensors | Mean: values ‖ dense tensors | | |
 //! | topk | Sparse: (rows, values)… ‖ dense tensors | SparseMean: likewise | | |
 //! | dense round | Dense: all segments | DenseMean | | |
+//! | ef21, a worker was lost | … | Restore, instead of the last mean | Estimates | EstimatesMean |
 //!
 //! Bodies are segments in plan order: first all sparse segments, then all dense ones ([`RoundShape`] has every
 //! body's layout and decides the phases). A shard that owns only dense tensors of a bucket holds a dense round
@@ -82,6 +83,13 @@ pub enum FrameKind {
     Sparse = 7,
     /// Down: the union, averaged.
     SparseMean = 8,
+    /// Up, after Restore: the estimates h of the compressible segments, and the dense ones as in a dense round.
+    Estimates = 9,
+    /// Down, under ef21 and ef21m, in the place of the last mean: somebody whose h is a part of H was not counted.
+    /// Nothing of this round is applied to compressible tensors; H is made anew from the h of those that are here. No body.
+    Restore = 10,
+    /// Down: their mean, the new H.
+    EstimatesMean = 12,
 }
 
 /// Flags of a round frame.

@@ -22,69 +22,135 @@ fn any_header() -> impl Strategy<Value = FrameHeader> {
         any::<u64>(),
         any::<u64>(),
         0..=MAX_BODY_BYTES as u32,
+        any::<(u16, u16)>(),
     );
+    let flags = any::<[bool; 4]>();
     (
         prop::sample::select(FrameKind::ALL.to_vec()),
-        any::<bool>(),
-        any::<bool>(),
+        flags,
         numbers,
     )
         .prop_map(
-            |(kind, non_finite, counted, (bucket, epoch, step, update, body))| FrameHeader {
-                kind,
-                flags: FrameFlags {
-                    non_finite,
-                    counted,
-                },
-                bucket: BucketId(bucket),
-                epoch: Epoch(epoch),
-                step: Step(step),
-                update,
-                body_bytes: if non_finite { 0 } else { body },
+            |(kind, flags, (bucket, epoch, step, update, body, (roster, lead)))| {
+                let [non_finite, counted, absent, held] = flags;
+                let body_bytes = if non_finite || absent { 0 } else { body };
+                FrameHeader {
+                    kind,
+                    flags: FrameFlags {
+                        non_finite,
+                        counted,
+                        absent,
+                        held,
+                    },
+                    bucket: BucketId(bucket),
+                    epoch: Epoch(epoch),
+                    step: Step(step),
+                    update,
+                    body_bytes,
+                    roster_bytes: roster.min(body_bytes.min(0xffff) as u16),
+                    lead,
+                }
             },
         )
 }
 
+fn any_ranks() -> impl Strategy<Value = Vec<Rank>> {
+    prop::collection::btree_set(any::<u16>(), 0..50)
+        .prop_map(|ranks| ranks.into_iter().map(Rank).collect())
+}
+
+fn any_place() -> impl Strategy<Value = Place> {
+    (any::<([u8; 16], u16, u32, u16)>(), any_ranks()).prop_map(
+        |((run, rank, epoch, next_rank), members)| Place {
+            run: RunId(run),
+            rank: Rank(rank),
+            epoch: Epoch(epoch),
+            next_rank,
+            members,
+        },
+    )
+}
+
+fn any_intent() -> impl Strategy<Value = Intent> {
+    let join =
+        any::<(Option<u16>, Option<u16>, u64, bool)>().prop_map(|(rank, world, step, elastic)| {
+            Intent::Join {
+                rank: rank.map(Rank),
+                world,
+                start_step: Step(step),
+                elastic,
+            }
+        });
+    let member =
+        (any_place(), any::<(u64, bool)>()).prop_map(|(place, (step, waited))| Intent::Member {
+            place,
+            step: Step(step),
+            waited,
+        });
+    prop_oneof![join, member]
+}
+
+fn any_progress() -> impl Strategy<Value = Control> {
+    prop_oneof![
+        any::<u32>().prop_map(|frames| Control::Retelling { frames }),
+        any::<u64>().prop_map(|step| Control::Ready { step: Step(step) }),
+        any::<u64>().prop_map(|step| Control::Donated { step: Step(step) }),
+        any::<(u64, [u8; 32])>().prop_map(|(step, digest)| Control::Digest {
+            step: Step(step),
+            digest
+        }),
+        (any::<u64>(), any_ranks()).prop_map(|(step, ranks)| Control::DigestsDiffer {
+            step: Step(step),
+            ranks
+        }),
+        Just(Control::Away),
+        Just(Control::Donate),
+        Just(Control::Leave),
+    ]
+}
+
 fn any_control() -> impl Strategy<Value = Control> {
     let text = "[a-zäλ ]{0,40}";
-    let hello = (
-        text,
-        any::<[u8; 16]>(),
-        any::<Option<u16>>(),
-        any::<Option<u16>>(),
-        any::<u64>(),
-        0usize..20,
-    )
-        .prop_map(|(job, incarnation, rank, world, step, tensors)| {
+    let hello = (text, any::<[u8; 16]>(), any_intent(), 0usize..20).prop_map(
+        |(job, incarnation, intent, tensors)| {
             let Control::Hello(mut hello) = hello() else {
                 unreachable!()
             };
             *hello = Hello {
                 job,
                 incarnation,
-                rank: rank.map(Rank),
-                world,
-                start_step: Step(step),
+                intent,
                 ..*hello
             };
             hello.plan.tensors = vec![hello.plan.tensors[0].clone(); tensors];
             Control::Hello(hello)
-        });
+        },
+    );
     let refused = (prop::sample::select(RefusalCode::ALL.to_vec()), text)
         .prop_map(|(code, detail)| Control::Refused { code, detail });
-    let membership = (
-        any::<u32>(),
-        prop::collection::btree_set(any::<u16>(), 0..50),
-        text,
-    )
-        .prop_map(|(epoch, members, reason)| Control::Membership {
+    let membership = (any::<(u32, u16)>(), any_ranks(), any_ranks(), text).prop_map(
+        |((epoch, next_rank), members, away, reason)| Control::Membership {
             epoch: Epoch(epoch),
-            members: members.into_iter().map(Rank).collect(),
+            next_rank,
+            members,
+            away,
             reason,
-        });
+        },
+    );
+    let welcome = (any::<(u64, bool, u64, bool)>(), any_place()).prop_map(
+        |((shard_incarnation, retell, step, snapshot), place)| {
+            Control::Welcome(Welcome {
+                shard_incarnation,
+                retell,
+                place,
+                step: Step(step),
+                snapshot,
+            })
+        },
+    );
     let waiting =
         any::<(u16, u16)>().prop_map(|(joined, world)| Control::Waiting { joined, world });
-    prop_oneof![hello, refused, membership, waiting, Just(Control::Leave)]
+    prop_oneof![hello, welcome, refused, membership, waiting, any_progress()]
 }
 
 proptest! {

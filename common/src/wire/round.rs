@@ -175,6 +175,8 @@ pub struct RoundShape {
     pub codec_dense: ValueCodec,
     /// Rank r of sketches.
     pub rank: usize,
+    /// Workers keep ef21's estimates, and this round changes them by the rows that travel: see [`FrameKind::Restore`].
+    pub changes_estimates: bool,
     compressor: Compressor,
     selection: SelectionPolicy,
 }
@@ -231,8 +233,6 @@ impl RoundShape {
             bucket,
             shard,
             kind,
-            sparse,
-            dense,
             codec_up: algorithm.codec_up(),
             codec_down: algorithm.codec_down(),
             codec_sketch: algorithm.codec_sketch(),
@@ -241,6 +241,11 @@ impl RoundShape {
                 RoundKind::Sparse { .. } => algorithm.codec_dense(),
             },
             rank: usize::from(algorithm.sketch_rank),
+            changes_estimates: algorithm.keeps_estimates()
+                && kind != RoundKind::Dense
+                && !sparse.is_empty(),
+            sparse,
+            dense,
             compressor: algorithm.compressor,
             selection: algorithm.selection,
         }
@@ -261,6 +266,32 @@ impl RoundShape {
             (_, Compressor::Arc) => ARC,
             (_, Compressor::Randk) => RANDK,
             (_, Compressor::Topk) => TOPK,
+        }
+    }
+
+    /// Bytes of the largest body that travels in this direction, without the roster.
+    #[must_use]
+    pub fn largest_body(&self, direction: Direction) -> usize {
+        let bodies = self.phases().iter().map(|phase| match direction {
+            Direction::Up => self.body_limit(phase.up),
+            Direction::Down => self.body_limit(phase.down),
+        });
+        let estimates = if self.changes_estimates {
+            self.body_limit(FrameKind::Estimates)
+        } else {
+            0
+        };
+        bodies.chain([estimates]).max().unwrap_or(0)
+    }
+
+    /// Which of the round's answers a frame of this kind is, or asks for. The round ends with the last of [`phases`](Self::phases),
+    /// or, where H is restored, with the one after it.
+    #[must_use]
+    pub fn phase_of(&self, kind: FrameKind) -> usize {
+        match kind {
+            FrameKind::Sketch | FrameKind::Selection => 0,
+            FrameKind::Estimates | FrameKind::EstimatesMean => self.phases().len(),
+            _ => self.phases().len().saturating_sub(1),
         }
     }
 
@@ -361,7 +392,11 @@ impl RoundShape {
             FrameKind::Selection => selections() + dense(),
             FrameKind::Values => self.values_layout(&rows(), Direction::Up).bytes,
             FrameKind::Mean => self.values_layout(&rows(), Direction::Down).bytes,
-            FrameKind::Dense | FrameKind::DenseMean => self.dense_layout().bytes,
+            FrameKind::Dense
+            | FrameKind::DenseMean
+            | FrameKind::Estimates
+            | FrameKind::EstimatesMean => self.dense_layout().bytes,
+            FrameKind::Restore => 0,
             FrameKind::Sparse => selections() + dense() + self.values_bytes(&rows(), Direction::Up),
             FrameKind::SparseMean => {
                 selections() + dense() + self.values_bytes(&rows(), Direction::Down)

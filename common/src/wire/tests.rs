@@ -32,6 +32,8 @@ fn header() -> FrameHeader {
         step: Step(0x0a0b_0c0d),
         update: 7,
         body_bytes: 0x1000,
+        roster_bytes: 6,
+        lead: 2,
     }
 }
 
@@ -40,11 +42,14 @@ pub(super) fn hello() -> Control {
         protocol: PROTOCOL_VERSION,
         job: "demo".into(),
         incarnation: *b"0123456789abcdef",
-        rank: Some(Rank(2)),
-        world: None,
-        start_step: Step(5),
         shard: 1,
         host: "h".into(),
+        intent: Intent::Join {
+            rank: Some(Rank(2)),
+            world: None,
+            start_step: Step(5),
+            elastic: true,
+        },
         plan: PlanSpec {
             trainer: "lr=01".into(),
             algorithm: AlgorithmConfig {
@@ -84,7 +89,8 @@ fn header_bytes() {
          0d 0c 0b 0a 00 00 00 00 # step
          07 00 00 00 00 00 00 00 # update
          00 10 00 00        # body bytes
-         00 00 00 00        # reserved",
+         06 00              # roster bytes
+         02 00              # lead",
     );
     assert_eq!(header().encode().as_slice(), bytes);
     assert_eq!(FrameHeader::decode(&header().encode()), Ok(header()));
@@ -94,14 +100,16 @@ fn header_bytes() {
 fn hello_bytes() {
     let bytes = dump(
         "01                 # tag: Hello
-         01 00              # protocol 1
+         02 00              # protocol 2
          04 00 00 00 64656d6f # job \"demo\"
          30313233 34353637 38396162 63646566 # incarnation
+         01 00              # shard 1
+         01 00 00 00 68     # host \"h\"
+         00                 # intent: join
          01 02 00           # rank 2
          00                 # world: absent
          05 00 00 00 00 00 00 00 # start step
-         01 00              # shard 1
-         01 00 00 00 68     # host \"h\"
+         01                 # elastic
          # the plan's algorithm
          01 01 00           # arc, ef14, first_gradient
          cd cc cc 3d        # eta 0.1
@@ -131,17 +139,56 @@ fn hello_bytes() {
     assert_eq!(Control::decode(&bytes), Ok(hello()));
 }
 
+fn place() -> Place {
+    Place {
+        run: RunId(*b"0123456789abcdef"),
+        rank: Rank(2),
+        epoch: Epoch(1),
+        next_rank: 4,
+        members: vec![Rank(0), Rank(2)],
+    }
+}
+
+#[test]
+fn a_members_hello_bytes() {
+    let Control::Hello(mut hello) = hello() else {
+        unreachable!()
+    };
+    hello.intent = Intent::Member {
+        place: place(),
+        step: Step(5),
+        waited: true,
+    };
+    let bytes = Control::Hello(hello.clone()).encode();
+    let intent = dump(
+        "01                 # intent: member
+         30313233343536373839616263646566 # run
+         02 00              # rank
+         01 00 00 00        # epoch
+         04 00              # next rank
+         02 00 00 00 00 00 02 00 # members 0 and 2
+         05 00 00 00 00 00 00 00 # step
+         01                 # waited",
+    );
+    let start = 1 + 2 + 8 + 16 + 2 + 5;
+    assert_eq!(bytes[start..start + intent.len()], intent);
+    assert_eq!(Control::decode(&bytes), Ok(Control::Hello(hello)));
+}
+
 #[test]
 fn other_control_bytes() {
     let cases = [
         (
             Control::Welcome(Welcome {
-                epoch: Epoch(1),
-                rank: Rank(2),
-                world: 4,
-                start_step: Step(5),
+                shard_incarnation: 9,
+                retell: true,
+                place: place(),
+                step: Step(5),
+                snapshot: false,
             }),
-            "02 01000000 0200 0400 0500000000000000",
+            "02 0900000000000000 01 # incarnation, retell
+             30313233343536373839616263646566 0200 01000000 0400 02000000 0000 0200 # place
+             0500000000000000 00 # step, snapshot",
         ),
         (
             Control::Waiting {
@@ -160,11 +207,32 @@ fn other_control_bytes() {
         (
             Control::Membership {
                 epoch: Epoch(2),
+                next_rank: 4,
                 members: vec![Rank(0), Rank(3)],
+                away: vec![Rank(3)],
                 reason: "x".into(),
             },
-            "05 02000000 02000000 0000 0300 01000000 78",
+            "05 02000000 0400 02000000 0000 0300 01000000 0300 01000000 78",
         ),
+        (Control::Retelling { frames: 3 }, "08 03000000"),
+        (Control::Away, "09"),
+        (Control::Ready { step: Step(7) }, "0a 0700000000000000"),
+        (
+            Control::Digest {
+                step: Step(7),
+                digest: [0xab; 32],
+            },
+            "0b 0700000000000000 abababababababababababababababababababababababababababababababab",
+        ),
+        (
+            Control::DigestsDiffer {
+                step: Step(7),
+                ranks: vec![Rank(1)],
+            },
+            "0c 0700000000000000 01000000 0100",
+        ),
+        (Control::Donate, "0d"),
+        (Control::Donated { step: Step(7) }, "0e 0700000000000000"),
         (Control::Leave, "06"),
         (
             Control::Report {
@@ -294,36 +362,40 @@ fn headers_that_break_a_rule_are_refused() {
             value: 0
         })
     );
-    assert!(changed(0, 8).is_ok());
+    assert!(changed(0, 12).is_ok());
+    for value in [11, 13] {
+        assert_eq!(
+            changed(0, value),
+            Err(WireError::Unknown {
+                what: "frame kind",
+                value: u64::from(value)
+            })
+        );
+    }
     assert_eq!(
-        changed(0, 9),
-        Err(WireError::Unknown {
-            what: "frame kind",
-            value: 9
-        })
-    );
-    assert_eq!(
-        changed(1, 4),
+        changed(1, 16),
         Err(WireError::Unknown {
             what: "frame flags",
-            value: 4
+            value: 16
         })
     );
+    for flags in [1, 4] {
+        assert_eq!(
+            changed(1, flags),
+            Err(WireError::Invalid {
+                what: "body bytes",
+                rule: "a non-finite or absent frame has no body"
+            })
+        );
+    }
+    assert!(changed(29, 0x0f).is_ok());
     assert_eq!(
-        changed(1, 1),
+        changed(29, 0x10),
         Err(WireError::Invalid {
-            what: "body bytes",
-            rule: "a non-finite frame has no body"
+            what: "roster bytes",
+            rule: "the roster is a part of the body"
         })
     );
-    assert_eq!(
-        changed(28, 1),
-        Err(WireError::Unknown {
-            what: "reserved header bytes",
-            value: 1
-        })
-    );
-    assert_eq!(changed(31, 1).unwrap_err().blame(), Blame::Incompatible);
     let sized = |body_bytes| {
         FrameHeader::decode(
             &FrameHeader {
@@ -382,7 +454,9 @@ fn control_limits_hold_on_both_sides() {
         Control::decode(
             &Control::Membership {
                 epoch: Epoch(1),
+                next_rank: 0,
                 members,
+                away: Vec::new(),
                 reason: String::new(),
             }
             .encode(),
@@ -420,10 +494,10 @@ fn texts_for_people_are_cut_at_a_character() {
 fn control_messages_that_break_a_rule_are_refused() {
     let refused = |text| Control::decode(&dump(text)).unwrap_err();
     assert_eq!(
-        refused("08"),
+        refused("0f"),
         WireError::Unknown {
             what: "control tag",
-            value: 8
+            value: 15
         }
     );
     assert_eq!(
@@ -434,10 +508,10 @@ fn control_messages_that_break_a_rule_are_refused() {
         }
     );
     assert_eq!(
-        refused("04 0b00 00000000"),
+        refused("04 0c00 00000000"),
         WireError::Unknown {
             what: "refusal code",
-            value: 11
+            value: 12
         }
     );
     assert_eq!(
@@ -445,7 +519,7 @@ fn control_messages_that_break_a_rule_are_refused() {
         WireError::NotUtf8 { what: "detail" }
     );
     assert_eq!(
-        refused("05 00000000 02000000 0100 0100 00000000"),
+        refused("05 00000000 0000 02000000 0100 0100 00000000 00000000"),
         WireError::Invalid {
             what: "members",
             rule: "ranks must ascend"
@@ -453,7 +527,7 @@ fn control_messages_that_break_a_rule_are_refused() {
     );
     // A count that the message cannot hold is refused before anything of its size is allocated.
     assert_eq!(
-        refused("05 00000000 00100000"),
+        refused("05 00000000 0000 00100000"),
         WireError::Truncated {
             what: "members",
             needed: 8192,

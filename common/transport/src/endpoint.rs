@@ -14,6 +14,8 @@ use std::time::Duration;
 /// Code with which a worker closes a connection when it leaves in order. A shard that sees it treats the
 /// end as a leave even if the connection's end overtakes the Leave message.
 pub const LEAVE_CODE: u32 = 0x1ea5e;
+/// Code with which a worker closes a connection that it replaces by another one: it has not ended and will be back.
+pub const REDIAL_CODE: u32 = 0x2ed1a;
 
 /// Listens on `address` for peers with a worker certificate of the identity's CA. Port 0 takes a free one
 /// ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants more.

@@ -25,8 +25,8 @@ mod tls;
 
 pub use config::TransportConfig;
 pub use endpoint::{
-    ConnectionSummary, LEAVE_CODE, admit, client_endpoint, connect, connect_resolved, resolve,
-    server_endpoint, split_host, summary,
+    ConnectionSummary, LEAVE_CODE, REDIAL_CODE, admit, client_endpoint, connect, connect_resolved,
+    resolve, server_endpoint, split_host, summary,
 };
 pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;

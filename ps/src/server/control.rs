@@ -174,6 +174,28 @@ fn violation(session: SessionId, detail: impl Into<String>) -> Event {
     Event::Violation { session, detail }
 }
 
+/// What the machine is told of a message that a worker may send after its Hello and before its leave; `None`: it may not.
+fn event_of(session: SessionId, message: Control) -> Option<Event> {
+    match &message {
+        Control::Report { .. } => {
+            Report::from_control(&message).map(|report| Event::Report { session, report })
+        }
+        Control::Retelling { .. }
+        | Control::Away
+        | Control::Ready { .. }
+        | Control::Digest { .. }
+        | Control::Donated { .. }
+        | Control::Membership { .. } => Some(Event::Control { session, message }),
+        Control::Hello(_)
+        | Control::Welcome(_)
+        | Control::Waiting { .. }
+        | Control::Refused { .. }
+        | Control::DigestsDiffer { .. }
+        | Control::Donate
+        | Control::Leave => None,
+    }
+}
+
 /// Reads until the stream or the connection ends.
 pub(super) async fn read(
     hub: Arc<Hub>,
@@ -193,15 +215,14 @@ pub(super) async fn read(
                 tokio::time::sleep(LEAVE_PATIENCE).await;
                 return connection.close(VarInt::from_u32(0), b"left");
             }
-            Ok(Some(message)) => match Report::from_control(&message) {
-                Some(report) => {
-                    let session = id;
-                    hub.event(Event::Report { session, report }).await;
+            Ok(Some(message)) => match event_of(id, message) {
+                Some(event) => {
+                    hub.event(event).await;
                     continue;
                 }
                 None => violation(
                     id,
-                    "after the Hello a worker sends only reports and its leave; run the same release everywhere",
+                    "after the Hello a worker sends no message of a shard's, and no second Hello; run the same release everywhere",
                 ),
             },
             Ok(None) => violation(id, "the control stream ended without a leave"),

@@ -36,6 +36,7 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
+use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot, watch};
@@ -44,6 +45,8 @@ use tokio::sync::{mpsc, oneshot, watch};
 const EVENTS_QUEUED: usize = 1024;
 /// Interval at which connections are measured and the machine is told the time.
 const TICK: Duration = Duration::from_secs(1);
+/// Least time between two ticks.
+const SHORTEST_TICK: Duration = Duration::from_millis(5);
 /// What a shutdown waits for refusals to reach their workers.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -80,7 +83,7 @@ pub struct ServeOptions {
     pub identity: Identity,
     /// Settings of QUIC.
     pub transport: TransportConfig,
-    /// What the machine is told.
+    /// What the machine is told; the incarnation is drawn at the start.
     pub shard: ShardConfig,
     /// Patience with peers.
     pub timeouts: Timeouts,
@@ -126,6 +129,8 @@ pub(crate) struct Hub {
     /// Connections that are there, handshakes among them.
     connections: AtomicUsize,
     connections_limit: usize,
+    /// When the machine wants to be told the time, on the clock that counts from `started`.
+    deadline: watch::Sender<Option<Duration>>,
     transport: TransportConfig,
     timeouts: Timeouts,
     chaos_delay: Duration,
@@ -213,6 +218,7 @@ impl Server {
             None => None,
         };
         let (commands, queue) = mpsc::channel(EVENTS_QUEUED);
+        let most = options.shard.world.max(options.shard.max_workers);
         let hub = Arc::new(Hub {
             commands,
             sessions: DashMap::new(),
@@ -223,13 +229,18 @@ impl Server {
             started: Instant::now(),
             next_session: AtomicU64::new(1),
             connections: AtomicUsize::new(0),
-            connections_limit: 2 * usize::from(options.shard.world) + 64,
+            connections_limit: 2 * usize::from(most) + 64,
+            deadline: watch::Sender::new(None),
             transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
             metrics: ShardMetrics::new(),
         });
-        owner::spawn(Shard::new(options.shard), queue, hub.clone()).map_err(system("a thread"))?;
+        let shard = ShardConfig {
+            incarnation: incarnation(),
+            ..options.shard
+        };
+        owner::spawn(Shard::new(shard), queue, hub.clone()).map_err(system("a thread"))?;
         let (stop, stopped) = watch::channel(false);
         if let Some(listener) = listener {
             let mut until = stopped.clone();
@@ -296,16 +307,42 @@ impl Server {
     }
 }
 
-/// Measures connections, and tells the machine that time goes by.
+/// What no other process has: the hasher's keys come from the operating system.
+fn incarnation() -> u64 {
+    RandomState::new().hash_one(std::process::id())
+}
+
+/// Measures connections, and tells the machine that time goes by: each second, and when it wishes.
 async fn tick(hub: Arc<Hub>, mut stopped: watch::Receiver<bool>) {
     let mut interval = tokio::time::interval(TICK);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    let mut deadline = hub.deadline.subscribe();
     loop {
         tokio::select! {
-            _ = interval.tick() => {}
+            _ = interval.tick() => observe::connections(&hub),
+            () = wished(&hub, &mut deadline) => {}
             _ = stopped.wait_for(|stop| *stop) => return,
         }
-        observe::connections(&hub);
         hub.event(Event::Tick).await;
+    }
+}
+
+/// Waits until the machine's deadline, whichever it is by then.
+async fn wished(hub: &Hub, deadline: &mut watch::Receiver<Option<Duration>>) {
+    // A machine that wishes for a moment that has passed must not be asked again and again.
+    let earliest = tokio::time::Instant::now() + SHORTEST_TICK;
+    loop {
+        let until = *deadline.borrow_and_update();
+        let changed = deadline.changed();
+        let Some(until) = until else {
+            // The sender lives in the hub.
+            let _never_closed = changed.await;
+            continue;
+        };
+        let until = tokio::time::Instant::from_std(hub.started + until).max(earliest);
+        tokio::select! {
+            _ = changed => {}
+            () = tokio::time::sleep_until(until) => return,
+        }
     }
 }

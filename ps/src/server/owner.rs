@@ -10,6 +10,9 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
+/// Streams that a worker may have open beside those of rounds, for answers that it tells again.
+const HELD_STREAMS: u32 = 16;
+
 /// What the owner is asked.
 #[derive(Debug)]
 pub(super) enum Command {
@@ -46,6 +49,7 @@ fn own(mut shard: Shard, mut queue: mpsc::Receiver<Command>, hub: &Hub) {
                     hub.metrics.aggregated(begun.elapsed().as_secs_f64());
                 }
                 set_limits(hub, &shard);
+                set_deadline(hub, &shard);
                 if is_tick || actions.iter().any(observe::changes_membership) {
                     observe::load(hub, &shard);
                 }
@@ -95,6 +99,16 @@ fn route(hub: &Hub, action: Action) {
 
 fn set_limits(hub: &Hub, shard: &Shard) {
     let rounds = u32::try_from(shard.open_rounds_limit()).unwrap_or(u32::MAX - 1);
-    hub.stream_limit.store(rounds + 1, Ordering::Relaxed);
+    let streams = rounds.saturating_add(1 + HELD_STREAMS);
+    hub.stream_limit.store(streams, Ordering::Relaxed);
     hub.body_limit.store(shard.body_limit(), Ordering::Relaxed);
+}
+
+fn set_deadline(hub: &Hub, shard: &Shard) {
+    let deadline = shard.next_deadline();
+    hub.deadline.send_if_modified(|known| {
+        let modified = *known != deadline;
+        *known = deadline;
+        modified
+    });
 }

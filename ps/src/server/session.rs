@@ -6,11 +6,12 @@ use super::{Hub, observe};
 use crate::shard::{Event, SessionId};
 use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::Flow;
-use arc_topk_common::wire::{Control, FrameKind, Hello};
+use arc_topk_common::wire::{Control, FrameHeader, Hello};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, LEAVE_CODE, RecvStream, SendStream, TransportError,
-    connection_error, write_frame,
+    Connection, ControlStream, Endpoint, LEAVE_CODE, REDIAL_CODE, RecvStream, SendStream,
+    TransportError, connection_error, write_frame,
 };
+use bytes::Bytes;
 use core::sync::atomic::Ordering;
 use core::time::Duration;
 use std::collections::hash_map::RandomState;
@@ -143,13 +144,10 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
     if matches!(&error, TransportError::Closed { code, .. } if *code == u64::from(LEAVE_CODE)) {
         hub.event(Event::Leave { session: id }).await;
     }
-    // A peer that closes itself ends; one that falls silent may come back.
-    let for_good = matches!(&error, TransportError::Closed { .. });
-    let reason = error.to_string();
     hub.event(Event::Closed {
         session: id,
-        reason,
-        for_good,
+        reason: error.to_string(),
+        for_good: is_for_good(&error),
     })
     .await;
     if let Some((_, handle)) = hub.sessions.remove(&id)
@@ -159,6 +157,12 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
     }
     // With the handle its queue ends, and so does the writer.
     let _ended = writer.await;
+}
+
+/// Whether the worker itself has ended the session. One that fell silent may have lost its way, and one that dials again
+/// says so.
+fn is_for_good(end: &TransportError) -> bool {
+    matches!(end, TransportError::Closed { code, .. } if *code != u64::from(REDIAL_CODE))
 }
 
 fn violation(session: SessionId, detail: String) -> Event {
@@ -201,6 +205,9 @@ async fn round_stream(
         };
         observe::header(&hub, Flow::Up);
         wait_at_random(hub.chaos_delay).await;
+        if header.flags.held {
+            return held(&hub, id, send, registration.is_none(), (header, body)).await;
+        }
         let key = (id, header.step, header.bucket);
         match &registration {
             None => {
@@ -226,12 +233,35 @@ async fn round_stream(
             return tracing::debug!(session = id.0, %error, "an answer was not taken");
         }
         observe::header(&hub, Flow::Down);
-        if header.kind != FrameKind::Selection || header.flags.non_finite {
+        if !header.kind.goes_on() || header.flags.non_finite {
             // Already finished means that the peer stopped it.
             let _stopped = send.finish();
             return;
         }
     }
+}
+
+/// An answer that the worker holds, told to a shard that has forgotten it. None comes back.
+async fn held(
+    hub: &Hub,
+    id: SessionId,
+    mut send: SendStream,
+    alone: bool,
+    (header, body): (FrameHeader, Bytes),
+) {
+    if !alone {
+        let detail = "a held answer came on the stream of a round; run the same release everywhere";
+        return hub.event(violation(id, detail.to_owned())).await;
+    }
+    // Already finished means that the peer stopped it.
+    let _stopped = send.finish();
+    let session = id;
+    hub.event(Event::Round {
+        session,
+        header,
+        body,
+    })
+    .await;
 }
 
 /// Shuffles the order in which frames of different streams are handled.

@@ -42,7 +42,7 @@ impl Shard {
                 if self
                     .job
                     .as_ref()
-                    .is_some_and(|job| job.members.count() < self.minimum())
+                    .is_some_and(|job| job.members.count() < usize::from(self.config.min_workers))
                 {
                     return self.too_few(now, "the others left", out);
                 }

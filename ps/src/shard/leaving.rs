@@ -98,11 +98,9 @@ impl Shard {
         if self.config.shard == ShardId(0) {
             job.members.epoch = Epoch(job.members.epoch.0.saturating_add(1));
         }
-        // An orderly leave ends no job by itself: at the end of training all leave, one after the other. One that
-        // leaves rounds behind is early.
-        let early = job.keeps_estimates() && job.rounds.open().next().is_some();
+        // An orderly leave ends no job by itself: at the end of training all leave, one after the other.
         let lost = matches!(how, Departure::Lost(_));
-        if (lost || early) && job.members.count() < self.minimum() {
+        if lost && job.members.count() < usize::from(self.config.min_workers) {
             return self.too_few(now, &reason, out);
         }
         self.tell_members(&reason, out);
@@ -193,30 +191,13 @@ impl Shard {
         }
     }
 
-    /// Fewer members than this end the job. ef21's result is the mean of the estimates of *all* workers: one that goes
-    /// takes its own along, and the mean of the others is another.
-    pub(super) fn minimum(&self) -> usize {
-        let all = self.job.as_ref().is_some_and(Job::keeps_estimates);
-        usize::from(if all {
-            self.config.world
-        } else {
-            self.config.min_workers
-        })
-    }
-
     /// Ends the job because fewer than the minimum are left.
     pub(super) fn too_few(&mut self, now: Duration, cause: &str, out: &mut Vec<Action>) {
         let left = self.job.as_ref().map_or(0, |job| job.members.count());
-        let minimum = self.minimum();
-        let detail = if self.job.as_ref().is_some_and(Job::keeps_estimates) {
-            format!(
-                "{left} of {minimum} workers are left ({cause}), and feedback ef21 and ef21m need all to the end, since each holds a part of the estimate: start all again from the last checkpoint, or use --feedback ef14, which bears losses"
-            )
-        } else {
-            format!(
-                "{left} of the at least {minimum} workers are left ({cause}): start the job again from its last checkpoint, or lower --min-workers"
-            )
-        };
+        let minimum = self.config.min_workers;
+        let detail = format!(
+            "{left} of the at least {minimum} workers are left ({cause}): start the job again from its last checkpoint, or lower --min-workers"
+        );
         if let Some(job) = &mut self.job {
             job.rounds.abandon(now, out);
         }

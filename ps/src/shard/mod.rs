@@ -37,6 +37,7 @@ mod hello;
 mod joining;
 mod leaving;
 mod members;
+mod phase;
 mod recovery;
 mod reply;
 mod round;
@@ -61,13 +62,13 @@ pub use status::{
 
 use arc_topk_common::ids::{Epoch, RunId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{Control, MAX_ROSTER_BYTES, RefusalCode, RoundShape};
+use arc_topk_common::wire::{Control, Direction, MAX_ROSTER_BYTES, RefusalCode, RoundShape};
 use core::time::Duration;
 use digests::Digests;
 use joining::Applicant;
 use members::Members;
+use phase::ClosingRules;
 use recovery::Recovery;
-use round::ClosingRules;
 use rounds::Rounds;
 use status::Board;
 use std::collections::BTreeMap;
@@ -124,10 +125,6 @@ struct Job {
 }
 
 impl Job {
-    fn keeps_estimates(&self) -> bool {
-        self.plan.spec.algorithm.keeps_estimates()
-    }
-
     fn is_running(&self) -> bool {
         matches!(self.life, Life::Running)
     }
@@ -446,9 +443,6 @@ fn refuse(session: SessionId, code: RefusalCode, detail: &str, out: &mut Vec<Act
 
 /// Largest body that a round of this shape takes from a worker: one of its own, or an answer that it tells.
 fn largest_body(shape: &RoundShape) -> usize {
-    let bodies = shape.phases().iter().map(|phase| {
-        let answer = shape.body_limit(phase.down) + MAX_ROSTER_BYTES;
-        answer.max(shape.body_limit(phase.up))
-    });
-    bodies.max().unwrap_or(0)
+    let told = shape.largest_body(Direction::Down) + MAX_ROSTER_BYTES;
+    told.max(shape.largest_body(Direction::Up))
 }

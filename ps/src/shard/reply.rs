@@ -54,7 +54,7 @@ impl Answer {
             non_finite: false,
             body: payload.into(),
             roster_bytes: roster.len() as u16,
-            last: kind != FrameKind::Selection,
+            last: !kind.goes_on(),
             contributors,
             straggler: None,
             asked: BTreeMap::new(),
@@ -80,17 +80,13 @@ impl Held {
     }
 }
 
-/// The answer that was given to frames of this kind, if there is one.
-pub(crate) fn answer_to(answers: &[Answer], up: FrameKind) -> Option<&Answer> {
-    answers.iter().find(|answer| answer.kind == answer_kind(up))
-}
-
 /// Kind of the answer to a phase.
 pub(crate) fn answer_kind(up: FrameKind) -> FrameKind {
     match up {
         FrameKind::Sketch => FrameKind::Selection,
         FrameKind::Sparse => FrameKind::SparseMean,
         FrameKind::Values => FrameKind::Mean,
+        FrameKind::Estimates => FrameKind::EstimatesMean,
         _ => FrameKind::DenseMean,
     }
 }

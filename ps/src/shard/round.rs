@@ -6,132 +6,21 @@
 //! | gathers | the same again on another session | the same; the answer goes there |
 //! | gathers | every live rank has contributed or is absent; or a quorum has, and the others had their time | answered |
 //! | gathers | an answer that a worker holds from before a restart | that answer |
+//! | gathers, the last one, ef21 | due, but one whose h is a part of H is not counted | answered with Restore, gathers Estimates |
 //! | answered | a frame of the phase | the same answer again (`late`), without being counted |
-//!
-//! A phase keeps a running sum over the ranks that precede every missing one; what came earlier than its
-//! turn is parked as bytes. So the bytes of an answer depend on the contributions alone (I3), and memory on
-//! density × bucket × workers, never on dense gradients (except in dense rounds).
 
 use super::aggregate::Sum;
 use super::answer::{self, Picked};
 use super::event::{SessionId, Traffic};
-use super::reply::{Answer, Held, answer_kind, answer_to};
+use super::phase::{Arrival, ClosingRules, Folded, Phase};
+use super::reply::{Answer, Held, answer_kind};
 use super::union::Union;
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::ids::Rank;
-use arc_topk_common::wire::{Direction, FrameKind, RoundShape, WireError, decode_roster};
+use arc_topk_common::wire::{Direction, FrameKind, Layout, RoundShape, WireError, decode_roster};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
-
-/// Bodies of one phase, folded in rank order.
-#[derive(Debug)]
-enum Folded {
-    Sum(Sum),
-    Union(Union),
-}
-
-impl Folded {
-    fn add(&mut self, shape: &RoundShape, body: &[u8]) {
-        match self {
-            Self::Sum(sum) => sum.add(body),
-            Self::Union(union) => union.add(shape, body),
-        }
-    }
-}
-
-/// One phase of a round.
-#[derive(Debug)]
-struct Phase {
-    up: FrameKind,
-    folded: Folded,
-    /// Came before their turn.
-    parked: BTreeMap<Rank, Bytes>,
-    arrived: BTreeMap<Rank, Arrival>,
-    /// Want the answer and contribute nothing.
-    absent: BTreeMap<Rank, SessionId>,
-    non_finite: bool,
-    /// Highest rank whose body is in the sum.
-    folded_to: Option<Rank>,
-    /// Since when there is a quorum.
-    quorum_since: Option<Duration>,
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Arrival {
-    at: Duration,
-    session: SessionId,
-}
-
-/// When a phase may close.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub(crate) struct ClosingRules {
-    pub(crate) min_workers: u16,
-    /// 0: all that are live.
-    pub(crate) quorum: u16,
-    pub(crate) straggler_timeout: Duration,
-}
-
-impl Phase {
-    fn new(up: FrameKind, folded: Folded) -> Self {
-        Self {
-            up,
-            folded,
-            parked: BTreeMap::new(),
-            arrived: BTreeMap::new(),
-            absent: BTreeMap::new(),
-            non_finite: false,
-            folded_to: None,
-            quorum_since: None,
-        }
-    }
-
-    /// Whether the answer is due.
-    fn is_full(&mut self, now: Duration, live: &BTreeSet<Rank>, rules: &ClosingRules) -> bool {
-        if live.is_empty() {
-            return false;
-        }
-        let came = |rank: &Rank| self.arrived.contains_key(rank) || self.absent.contains_key(rank);
-        if live.iter().all(came) {
-            // With nobody's contribution there is nothing to average, and all skip.
-            return self.arrived.len() >= usize::from(rules.min_workers) || self.arrived.is_empty();
-        }
-        let quorum = usize::from(rules.quorum).min(live.len());
-        let enough = quorum > 0 && self.arrived.len() >= quorum.max(usize::from(rules.min_workers));
-        if !enough {
-            self.quorum_since = None;
-            return false;
-        }
-        let since = *self.quorum_since.get_or_insert(now);
-        now.saturating_sub(since) >= rules.straggler_timeout
-    }
-
-    /// Folds every parked body that no live, still missing rank precedes.
-    fn fold_ready(&mut self, shape: &RoundShape, live: &BTreeSet<Rank>) {
-        let first_missing = live.iter().find(|rank| !self.arrived.contains_key(rank));
-        while let Some(entry) = self.parked.first_entry() {
-            if first_missing.is_some_and(|missing| missing < entry.key()) {
-                break;
-            }
-            self.folded_to = Some(*entry.key());
-            let body = entry.remove();
-            if !self.non_finite {
-                self.folded.add(shape, &body);
-            }
-        }
-    }
-
-    /// Who came last, and how long after the one before.
-    fn straggler(&self) -> Option<(Rank, Duration)> {
-        let mut times: Vec<(Duration, Rank)> =
-            self.arrived.iter().map(|(rank, a)| (a.at, *rank)).collect();
-        times.sort_unstable();
-        let [.., (before, _), (last, rank)] = times[..] else {
-            return None;
-        };
-        Some((rank, last.saturating_sub(before)))
-    }
-}
 
 /// A frame of a member, its header checked against the job.
 #[derive(Clone, PartialEq, Debug)]
@@ -151,15 +40,6 @@ pub(crate) enum Accepted {
     Taken,
     /// Its phase is answered already: this is the answer.
     Late(Answer),
-}
-
-impl Phase {
-    fn asked(&self) -> BTreeMap<Rank, SessionId> {
-        let arrived = self.arrived.iter().map(|(rank, a)| (*rank, a.session));
-        arrived
-            .chain(self.absent.iter().map(|(rank, session)| (*rank, *session)))
-            .collect()
-    }
 }
 
 /// An open round of one bucket.
@@ -245,6 +125,11 @@ impl Round {
         }
     }
 
+    /// Which answer frames of this kind ask for, or are.
+    pub(crate) fn phase_of(&self, kind: FrameKind) -> usize {
+        self.shape.phase_of(kind)
+    }
+
     /// Frame kind that it gathers now.
     pub(crate) fn gathers(&self) -> FrameKind {
         self.phase.up
@@ -297,7 +182,7 @@ impl Round {
         frame: Frame,
         live: &BTreeSet<Rank>,
     ) -> Result<Accepted, FrameError> {
-        if let Some(answer) = answer_to(&self.answers, frame.kind) {
+        if let Some(answer) = self.answers.get(self.shape.phase_of(frame.kind)) {
             return Ok(Accepted::Late(answer.clone()));
         }
         self.check(&frame)?;
@@ -375,23 +260,35 @@ impl Round {
     }
 
     /// The answer, once it is due; the round then stands in its next phase. To be called again after a member was lost
-    /// and when time went by.
+    /// and when time went by. `before`: contributors of the bucket's last round.
     pub(crate) fn advance(
         &mut self,
         now: Duration,
         live: &BTreeSet<Rank>,
         rules: &ClosingRules,
+        before: &BTreeSet<Rank>,
     ) -> Option<Answer> {
         if !self.phase.is_full(now, live, rules) {
             return None;
         }
         self.phase.fold_ready(&self.shape, &BTreeSet::new());
-        let next = Phase::new(FrameKind::Values, Folded::Sum(Sum::new(Vec::new())));
+        let restores = self.restores(before);
+        let next = if restores {
+            self.estimates_phase()
+        } else {
+            Phase::new(FrameKind::Values, Folded::Sum(Sum::new(Vec::new())))
+        };
         let mut phase = core::mem::replace(&mut self.phase, next);
-        let kind = answer_kind(phase.up);
+        let kind = if restores {
+            FrameKind::Restore
+        } else {
+            answer_kind(phase.up)
+        };
         let folded = core::mem::replace(&mut phase.folded, Folded::Sum(Sum::new(Vec::new())));
         let body = if phase.non_finite || phase.arrived.is_empty() {
             None
+        } else if restores {
+            Some(Vec::new())
         } else {
             self.answer_body(phase.up, folded)
         };
@@ -407,6 +304,25 @@ impl Round {
         };
         self.answers.push(answer.clone());
         Some(answer)
+    }
+
+    /// ef21: whether the phase would change H by the mean of some only of those whose h it is the mean of.
+    fn restores(&self, before: &BTreeSet<Rank>) -> bool {
+        let up = self.phase.up;
+        self.shape.changes_estimates
+            && up != FrameKind::Estimates
+            && !answer_kind(up).goes_on()
+            && !self.phase.non_finite
+            && !self.phase.arrived.is_empty()
+            && !before
+                .iter()
+                .all(|rank| self.phase.arrived.contains_key(rank))
+    }
+
+    /// The phase that gathers what H is made of.
+    fn estimates_phase(&self) -> Phase {
+        let pieces = answer::whole_pieces(&self.shape);
+        Phase::new(FrameKind::Estimates, Folded::Sum(Sum::new(pieces)))
     }
 
     /// Takes over an answer that a worker got from an earlier incarnation of this shard. `None`: one of the same phase
@@ -425,8 +341,15 @@ impl Round {
             ref body,
             roster_bytes,
         } = held;
-        if answer_kind(self.phase.up) != kind || self.answers.last().is_some_and(|a| a.last) {
+        if self.shape.phase_of(kind) != self.answers.len() {
             return Ok(None);
+        }
+        let restores = kind == FrameKind::Restore && self.shape.changes_estimates;
+        if answer_kind(self.phase.up) != kind && !restores {
+            return Err(FrameError::Kind {
+                got: kind,
+                expected: answer_kind(self.phase.up),
+            });
         }
         let (payload, roster) =
             body.split_at(body.len() - usize::from(roster_bytes).min(body.len()));
@@ -439,6 +362,7 @@ impl Round {
         let asked = self.phase.asked();
         let next = match &chosen {
             Some(rows) => self.values_phase(rows),
+            None if restores => self.estimates_phase(),
             None => Phase::new(FrameKind::Values, Folded::Sum(Sum::new(Vec::new()))),
         };
         self.phase = next;
@@ -448,7 +372,7 @@ impl Round {
             non_finite,
             body: held.body,
             roster_bytes,
-            last: non_finite || kind != FrameKind::Selection,
+            last: non_finite || !kind.goes_on(),
             contributors,
             straggler: None,
             asked,
@@ -479,6 +403,7 @@ impl Round {
                     .values_layout(&kept, Direction::Down)
                     .check(kind, payload.len())?;
             }
+            FrameKind::Restore => Layout::default().check(kind, payload.len())?,
             _ => shape.dense_layout().check(kind, payload.len())?,
         }
         Ok(None)
@@ -566,7 +491,10 @@ impl Round {
                 dense,
                 ..Traffic::default()
             },
-            FrameKind::Dense | FrameKind::DenseMean => Traffic {
+            FrameKind::Dense
+            | FrameKind::DenseMean
+            | FrameKind::Estimates
+            | FrameKind::EstimatesMean => Traffic {
                 dense: bytes as u64,
                 ..Traffic::default()
             },

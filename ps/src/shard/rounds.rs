@@ -1,8 +1,9 @@
 //! The rounds of a job: those that are open, and the answers of those that closed lately, for workers that come late.
 
 use super::event::{Action, Observation, Outcome, RoundClosed};
-use super::reply::{Answer, Held, answer_to};
-use super::round::{Accepted, ClosingRules, Frame, Round};
+use super::phase::ClosingRules;
+use super::reply::{Answer, Held};
+use super::round::{Accepted, Frame, Round};
 use super::{Limits, STEP_WINDOW, largest_body};
 use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
 use arc_topk_common::plan::Plan;
@@ -205,8 +206,9 @@ impl Rounds {
             )));
         }
         // A round that was skipped in its first phase has no second answer: whoever asks for it has missed the skip.
-        let answer = answer_to(&closed.answers, frame.kind)
-            .or_else(|| closed.answers.last().filter(|answer| answer.non_finite));
+        let shape = RoundShape::new(&self.plan, bucket, self.shard, closed.update);
+        let asked = closed.answers.get(shape.phase_of(frame.kind));
+        let answer = asked.or_else(|| closed.answers.last().filter(|answer| answer.non_finite));
         let answer = answer.cloned().ok_or_else(|| {
             Fault::Protocol(format!(
                 "a {:?} frame came for step {step}, bucket {bucket}, which has no such phase: run the same release everywhere",
@@ -296,8 +298,24 @@ impl Rounds {
         live: &BTreeSet<Rank>,
         rules: &ClosingRules,
     ) -> Option<Due> {
-        let answer = self.open.get_mut(&key)?.advance(now, live, rules)?;
+        let before = self.contributors_before(key);
+        let round = self.open.get_mut(&key)?;
+        let answer = round.advance(now, live, rules, &before)?;
         Some(self.answered(now, key, answer))
+    }
+
+    /// Whose contributions the bucket's last round held; nobody's, if it is not known or does not matter.
+    fn contributors_before(&self, (step, bucket): Key) -> BTreeSet<Rank> {
+        if !self.plan.spec.algorithm.keeps_estimates() {
+            return BTreeSet::new();
+        }
+        let steps = (step.0.saturating_sub(RETAIN_STEPS)..step.0).rev();
+        let closed = steps.filter_map(|step| self.closed.get(&(Step(step), bucket)));
+        let mut rosters = closed.filter_map(|closed| closed.answers.last());
+        // A skipped round has changed nothing.
+        rosters
+            .find(|answer| !answer.non_finite)
+            .map_or_else(BTreeSet::new, |answer| answer.contributors.clone())
     }
 
     fn answered(&mut self, now: Duration, key: Key, answer: Answer) -> Due {
@@ -443,10 +461,15 @@ impl Rounds {
             (None, Some(round)) => round.answers(),
             (None, None) => &[],
         };
-        let same = here.iter().find(|answer| answer.kind == held.kind);
-        match same {
+        let shape = |update| RoundShape::new(&self.plan, bucket, self.shard, update);
+        let phase = match (closed, self.open.get(&key)) {
+            (Some(closed), _) => shape(closed.update).phase_of(held.kind),
+            (None, Some(round)) => round.phase_of(held.kind),
+            (None, None) => return Ok(false),
+        };
+        match here.get(phase) {
             Some(answer) if held.agrees(answer) => Ok(true),
-            // What closed without an answer of this kind was skipped before it came to that.
+            // What closed without an answer of this phase was skipped before it came to that.
             None if closed.is_none() => Ok(false),
             _ => Err(Fault::Differs(format!(
                 "rank {rank} holds another answer to step {step}, bucket {bucket} than the others: it was cut off while shard {} restarted, and the job went on without it; join again",

@@ -291,6 +291,22 @@ impl Backend for CpuBackend {
         codec.encode(&slot.buffer[slot.range(&rows_of(segment))], out);
     }
 
+    fn encode_estimates(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>) {
+        let slot = &self.slots[segment.tensor.index()];
+        codec.encode(&slot.state.local[slot.range(&rows_of(segment))], out);
+    }
+
+    fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool) {
+        let slot = &mut self.slots[segment.tensor.index()];
+        let range = slot.range(&rows_of(segment));
+        let global = &mut slot.state.global[range.clone()];
+        codec.decode(mean, global);
+        if !counted {
+            slot.state.local[range.clone()].copy_from_slice(global);
+        }
+        slot.buffer[range].copy_from_slice(global);
+    }
+
     fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32> {
         let slot = &self.slots[segment.tensor.index()];
         self.row_energy.resize(segment.rows(), 0.0);

@@ -140,6 +140,13 @@ pub trait Backend: Send {
     /// Appends the encoding of a whole segment in a dense round.
     fn encode_all(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
 
+    /// Appends the encoding of a segment's estimate h (ef21 and ef21m).
+    fn encode_estimates(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+
+    /// Ends a segment's round with a new H (ef21 and ef21m): result = H = the encoded mean; h and v stay, but for a worker
+    /// that was not counted, which takes H for its h.
+    fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool);
+
     /// The `k` rows of a segment with the largest ‖A_j‖², absolute, ascending; a tie goes to the lower row.
     fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32>;
 

@@ -2,10 +2,10 @@
 
 use super::error::CliError;
 use crate::record::StepRecord;
-use crate::reducer::{ReduceError, Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
-use arc_topk_common::ids::{Rank, Step, TensorId};
+use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::metrics::{
     ConnectionFigures, Flow, StepEnd, StepPhase, Traffic, WorkerMetrics,
 };
@@ -90,7 +90,23 @@ impl Reducer for MeteredReducer {
         self.inner.start_step()
     }
 
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn run(&self) -> Option<RunId> {
+        self.inner.run()
+    }
+
+    fn members(&self) -> Vec<Rank> {
+        Reducer::members(&self.inner)
+    }
+
+    fn live_workers(&self) -> u16 {
+        self.inner.live_workers()
+    }
+
+    fn is_leader(&self) -> bool {
+        self.inner.is_leader()
+    }
+
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.inner.begin()
     }
 
@@ -114,6 +130,26 @@ impl Reducer for MeteredReducer {
 
     fn import_state(&mut self, state: WorkerState) -> Result<(), ReduceError> {
         self.inner.import_state(state)
+    }
+
+    fn export_shared(&mut self) -> WorkerState {
+        self.inner.export_shared()
+    }
+
+    fn needs_snapshot(&self) -> Option<(RunId, Step)> {
+        self.inner.needs_snapshot()
+    }
+
+    fn donation_due(&self) -> bool {
+        self.inner.donation_due()
+    }
+
+    fn donated(&mut self, step: Step) {
+        self.inner.donated(step);
+    }
+
+    fn digest(&mut self, step: Step, digest: [u8; 32]) {
+        self.inner.digest(step, digest);
     }
 
     fn report(&mut self, report: TrainReport) {

@@ -131,6 +131,7 @@ impl TrainCommand {
             world: self.peers.workers,
             connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
             progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
+            reconnect_timeout: Duration::from_secs_f64(self.peers.reconnect_timeout_seconds),
             observer: Some(Arc::new(log_event)),
             ..NetConfig::new(&self.common.job, &self.peers.shard_addresses, identity)
         })
@@ -145,19 +146,11 @@ fn log_event(event: &NetEvent) {
         NetEvent::Waiting { joined, world } => {
             tracing::info!(joined, world, "waiting for the other workers")
         }
-        NetEvent::Membership {
-            shard,
-            members,
-            reason,
-            ..
-        } => {
-            tracing::warn!(
-                shard = shard.0,
-                live = members.len(),
-                reason,
-                "workers have changed"
-            );
-        }
+        // The session logs these itself.
+        NetEvent::Membership { .. }
+        | NetEvent::ShardLost { .. }
+        | NetEvent::ShardBack { .. }
+        | NetEvent::DigestsDiffer { .. } => {}
     }
 }
 

@@ -19,6 +19,7 @@ use arc_topk_common::compress::Kernels;
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanError, PlanSpec};
+use arc_topk_common::wire::Place;
 use arc_topk_ps::shard::Shard;
 use network::{Delivery, Network};
 use std::collections::VecDeque;
@@ -370,7 +371,7 @@ fn accept(
             header,
             body,
         } => Ok(machine.handle(shard, header, body, out)?),
-        Delivery::Epoch(epoch) => {
+        Delivery::Place(Place { epoch, .. }) | Delivery::Epoch(epoch) => {
             machine.set_epoch(epoch);
             Ok(())
         }

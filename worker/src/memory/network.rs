@@ -3,10 +3,11 @@
 use crate::step::Outgoing;
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_common::wire::{Control, FrameHeader, Hello, PROTOCOL_VERSION};
+use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Place};
 use arc_topk_ps::shard::{Action, Event, Report, SessionId, Shard, ShardConfig};
 use bytes::Bytes;
 use core::time::Duration;
+use std::collections::BTreeMap;
 
 /// What a shard sends to a worker.
 #[derive(Debug)]
@@ -16,6 +17,7 @@ pub(super) enum Delivery {
         header: FrameHeader,
         body: Bytes,
     },
+    Place(Place),
     Epoch(Epoch),
     Refused {
         shard: ShardId,
@@ -42,11 +44,8 @@ impl Network {
         deliver: &mut dyn FnMut(Rank, Delivery),
     ) -> Self {
         let config = |shard| ShardConfig {
-            shard: ShardId(shard),
-            shards: spec.shards,
-            job: JOB.to_owned(),
-            world,
             min_workers,
+            ..ShardConfig::new(JOB, ShardId(shard), spec.shards, world)
         };
         let shards = (0..spec.shards)
             .map(|shard| Shard::new(config(shard)))
@@ -56,20 +55,50 @@ impl Network {
             actions: Vec::new(),
             events: 0,
         };
-        for shard in 0..spec.shards {
-            for rank in 0..world {
-                let hello = Box::new(hello(spec, world, Rank(rank), ShardId(shard), start));
-                network.handle(
-                    ShardId(shard),
-                    Event::Hello {
-                        session: session(Rank(rank)),
-                        hello,
-                    },
-                    deliver,
-                );
+        let mut places = BTreeMap::new();
+        let mut seat = |rank, delivery| {
+            if let Delivery::Place(place) = &delivery {
+                places.insert(rank, place.clone());
+            }
+            deliver(rank, delivery);
+        };
+        for rank in (0..world).map(Rank) {
+            let intent = Intent::Join {
+                rank: Some(rank),
+                world: Some(world),
+                start_step: start,
+                elastic: false,
+            };
+            network.introduce(spec, rank, ShardId(0), intent, &mut seat);
+        }
+        for shard in (1..spec.shards).map(ShardId) {
+            for (rank, place) in &places {
+                let intent = Intent::Member {
+                    place: place.clone(),
+                    step: start,
+                    waited: true,
+                };
+                network.introduce(spec, *rank, shard, intent, deliver);
             }
         }
         network
+    }
+
+    /// A worker says hello, and that it has nothing to tell: all shards are as new as the job.
+    fn introduce(
+        &mut self,
+        spec: &PlanSpec,
+        rank: Rank,
+        shard: ShardId,
+        intent: Intent,
+        deliver: &mut dyn FnMut(Rank, Delivery),
+    ) {
+        let (session, hello) = (session(rank), Box::new(hello(spec, rank, shard, intent)));
+        self.handle(shard, Event::Hello { session, hello }, deliver);
+        if shard.0 > 0 {
+            let message = Control::Retelling { frames: 0 };
+            self.handle(shard, Event::Control { session, message }, deliver);
+        }
     }
 
     /// A worker's frame arrives.
@@ -111,6 +140,7 @@ impl Network {
                 Event::Closed {
                     session,
                     reason: "taken out of the memory cluster".to_owned(),
+                    for_good: true,
                 }
             };
             self.handle(ShardId(shard), event, deliver);
@@ -186,7 +216,7 @@ fn rank(session: SessionId) -> Rank {
 
 fn control(shard: ShardId, message: Control) -> Option<Delivery> {
     match message {
-        Control::Welcome(welcome) => Some(Delivery::Epoch(welcome.epoch)),
+        Control::Welcome(welcome) if shard.0 == 0 => Some(Delivery::Place(welcome.place)),
         // Shard 0 coordinates: its epochs count.
         Control::Membership { epoch, .. } if shard.0 == 0 => Some(Delivery::Epoch(epoch)),
         Control::Refused { code, detail } => Some(Delivery::Refused {
@@ -198,18 +228,16 @@ fn control(shard: ShardId, message: Control) -> Option<Delivery> {
     }
 }
 
-fn hello(spec: &PlanSpec, world: u16, rank: Rank, shard: ShardId, start: Step) -> Hello {
+fn hello(spec: &PlanSpec, rank: Rank, shard: ShardId, intent: Intent) -> Hello {
     let mut incarnation = [0; 16];
     incarnation[..2].copy_from_slice(&rank.0.to_le_bytes());
     Hello {
         protocol: PROTOCOL_VERSION,
         job: JOB.to_owned(),
         incarnation,
-        rank: Some(rank),
-        world: Some(world),
-        start_step: start,
         shard: shard.0,
         host: format!("memory:{rank}"),
+        intent,
         plan: spec.clone(),
     }
 }

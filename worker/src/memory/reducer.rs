@@ -2,7 +2,7 @@
 
 use super::network::{Delivery, Network};
 use super::{Job, MemoryError, MemoryOptions, accept};
-use crate::reducer::{ReduceError, Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{Outgoing, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
@@ -161,10 +161,10 @@ impl Reducer for MemoryReducer {
         self.machine.step()
     }
 
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.compress = Duration::ZERO;
         self.machine.begin();
-        Ok(())
+        Ok(StepStart::default())
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {

@@ -1,14 +1,13 @@
 //! Tasks that move frames and control messages of one connection.
 
-use super::shared::{Shared, Work};
-use super::{NetEvent, NetObserver};
+use super::shared::{Shared, What};
+use crate::reducer::ReduceError;
 use crate::step::Outgoing;
-use arc_topk_common::ids::{BucketId, ShardId};
+use arc_topk_common::ids::{BucketId, ShardId, Step};
 use arc_topk_common::plan::Plan;
-use arc_topk_common::wire::{Control, FrameHeader, RoundShape};
+use arc_topk_common::wire::{Control, Direction, FrameHeader, MAX_ROSTER_BYTES, RoundShape};
 use arc_topk_transport::{
-    Connection, ControlReceiver, ControlSender, TransportError, connection_error, read_frame,
-    write_frame,
+    Connection, ControlSender, TransportError, connection_error, read_frame, write_frame,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -17,22 +16,31 @@ use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 use tokio::task::JoinHandle;
 
 /// How long a leaving worker waits for shards to have its last words.
-const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+pub(super) const LEAVE_TIMEOUT: Duration = Duration::from_secs(2);
+/// A stream that ends may be the first sign that its connection does: how long the connection's end is awaited before the
+/// stream's counts as a fault of the shard.
+const STREAM_GRACE: Duration = Duration::from_secs(1);
 
-/// The way to one shard.
+/// One connection with a shard. What it brings is worth nothing once another one has taken its place.
 pub(super) struct Link {
+    /// Counts the shard's connections.
+    pub(super) generation: u64,
     pub(super) shard: ShardId,
     pub(super) connection: Connection,
     pub(super) peer: Arc<str>,
+    pub(super) control: ControlOut,
 }
 
 /// Where the engine puts the frames of one round.
-pub(super) struct RoundOut(UnboundedSender<Outgoing>);
+pub(super) struct RoundOut {
+    pub(super) step: Step,
+    frames: UnboundedSender<Outgoing>,
+}
 
 impl RoundOut {
     /// Bounded by the round: it has at most two frames up. A task that has ended has told why.
     pub(super) fn send(&self, frame: Outgoing) {
-        let _ended_with_a_failure = self.0.send(frame);
+        let _ended_with_its_connection = self.frames.send(frame);
     }
 }
 
@@ -47,69 +55,118 @@ impl Link {
     ) -> RoundOut {
         let (sender, frames) = unbounded_channel();
         let task = RoundTask {
-            shard: self.shard,
-            connection: self.connection.clone(),
-            peer: Arc::clone(&self.peer),
-            shared: Arc::clone(shared),
+            streams: self.streams(shared),
+            generation: self.generation,
             bucket: header.bucket,
             limit: largest_answer(plan, self.shard, header),
         };
         runtime.spawn(task.run(frames));
-        RoundOut(sender)
+        RoundOut {
+            step: header.step,
+            frames: sender,
+        }
+    }
+
+    /// Tells the shard an answer that this worker holds, on a stream of its own.
+    pub(super) fn tell(&self, runtime: &Handle, shared: &Arc<Shared>, frame: Outgoing) {
+        let streams = self.streams(shared);
+        runtime.spawn(async move {
+            let told = streams.tell(frame).await;
+            streams.end(told).await;
+        });
+    }
+
+    fn streams(&self, shared: &Arc<Shared>) -> Streams {
+        Streams {
+            shard: self.shard,
+            connection: self.connection.clone(),
+            peer: Arc::clone(&self.peer),
+            shared: Arc::clone(shared),
+        }
     }
 }
 
 /// Bytes of the longest body that the shard may answer with in this round.
 fn largest_answer(plan: &Plan, shard: ShardId, header: &FrameHeader) -> usize {
     let shape = RoundShape::new(plan, header.bucket, shard, header.update);
-    let answers = shape.phases().iter();
-    let limits = answers.map(|phase| shape.body_limit(phase.down));
-    limits.max().unwrap_or(0)
+    shape.largest_body(Direction::Down) + MAX_ROSTER_BYTES
 }
 
-/// One round's stream: up and down alternate.
-struct RoundTask {
+/// What every stream of a connection needs.
+struct Streams {
     shard: ShardId,
     connection: Connection,
     peer: Arc<str>,
     shared: Arc<Shared>,
+}
+
+impl Streams {
+    async fn tell(&self, frame: Outgoing) -> Result<(), TransportError> {
+        let halves = self.connection.open_bi().await;
+        let (mut send, _no_answer_comes) = halves.map_err(|e| connection_error(&self.peer, &e))?;
+        // The shard, and with it everyone else, waits for these.
+        let _closed_already = send.set_priority(i32::MAX - 1);
+        write_frame(&mut send, &frame.header, frame.body, &self.peer).await?;
+        let _closed_already = send.finish();
+        Ok(())
+    }
+
+    /// A stream that failed while its connection lives: the shard does not do what it should.
+    async fn end(&self, result: Result<(), TransportError>) {
+        let Err(error) = result else {
+            return;
+        };
+        let ends = self.connection.closed();
+        // Its supervisor knows why the connection ended, and what to do.
+        if tokio::time::timeout(STREAM_GRACE, ends).await.is_err() {
+            self.shared.fail(ReduceError::Disconnected {
+                shard: self.shard.0,
+                detail: error.to_string(),
+            });
+        }
+    }
+}
+
+/// One round's stream: up and down alternate.
+struct RoundTask {
+    streams: Streams,
+    generation: u64,
     bucket: BucketId,
     limit: usize,
 }
 
 impl RoundTask {
     async fn run(self, frames: UnboundedReceiver<Outgoing>) {
-        if let Err(error) = self.exchange(frames).await {
-            self.shared.fail_transport(self.shard, &error);
-        }
+        let exchanged = self.exchange(frames).await;
+        self.streams.end(exchanged).await;
     }
 
     async fn exchange(
         &self,
         mut frames: UnboundedReceiver<Outgoing>,
     ) -> Result<(), TransportError> {
-        let halves = self.connection.open_bi().await;
-        let (mut send, mut recv) = halves.map_err(|e| connection_error(&self.peer, &e))?;
+        let Streams {
+            connection, peer, ..
+        } = &self.streams;
+        let halves = connection.open_bi().await;
+        let (mut send, mut recv) = halves.map_err(|e| connection_error(peer, &e))?;
         // The next forward needs the highest bucket first; see the session's doc.
         let _closed_already = send.set_priority(i32::from(self.bucket.0));
         // The channel ends when a round that needs no second frame (non-finite) is forgotten.
         while let Some(frame) = frames.recv().await {
-            write_frame(&mut send, &frame.header, frame.body, &self.peer).await?;
+            write_frame(&mut send, &frame.header, frame.body, peer).await?;
             if frame.last {
                 let _closed_already = send.finish();
             }
-            let answer = read_frame(&mut recv, self.limit, &self.peer).await?;
+            let answer = read_frame(&mut recv, self.limit, peer).await?;
             let Some((header, body)) = answer else {
                 return Err(TransportError::Truncated {
                     what: "a round, before its answer",
                     missing: arc_topk_common::wire::HEADER_BYTES,
                 });
             };
-            self.shared.arrived(Work::Frame {
-                shard: self.shard,
-                header,
-                body,
-            });
+            let Streams { shared, shard, .. } = &self.streams;
+            shared.arrived(*shard, self.generation, What::Frame(header, body));
             if frame.last {
                 break;
             }
@@ -118,38 +175,30 @@ impl RoundTask {
     }
 }
 
-/// The sending side of a control stream, and the tasks that serve it.
+/// The sending side of a control stream, and the task that serves it.
 pub(super) struct ControlOut {
     messages: UnboundedSender<Control>,
     writer: JoinHandle<()>,
 }
 
 impl ControlOut {
+    pub(super) fn new(messages: UnboundedSender<Control>, writer: JoinHandle<()>) -> Self {
+        Self { messages, writer }
+    }
+
     /// Queues a message.
     pub(super) fn send(&self, message: Control) {
-        let _ended_with_a_failure = self.messages.send(message);
+        let _ended_with_its_connection = self.messages.send(message);
     }
-}
 
-/// Serves the control stream of `shard`.
-pub(super) fn spawn_control(
-    runtime: &Handle,
-    shared: &Arc<Shared>,
-    shard: ShardId,
-    sender: ControlSender,
-    receiver: ControlReceiver,
-    observer: Option<NetObserver>,
-) -> ControlOut {
-    let (messages, queue) = unbounded_channel();
-    runtime.spawn(read_control(Arc::clone(shared), shard, receiver, observer));
-    ControlOut {
-        messages,
-        writer: runtime.spawn(write_control(Arc::clone(shared), sender, queue)),
+    /// No message follows. The task ends when the shard has all.
+    pub(super) fn end(self) -> JoinHandle<()> {
+        self.writer
     }
 }
 
 /// Ends when the queue does, once the peer has everything. Failures are told by the reading side.
-async fn write_control(
+pub(super) async fn write_control(
     shared: Arc<Shared>,
     mut sender: ControlSender,
     mut queue: UnboundedReceiver<Control>,
@@ -163,65 +212,10 @@ async fn write_control(
     let _lost_while_leaving = sender.finish().await;
 }
 
-async fn read_control(
-    shared: Arc<Shared>,
-    shard: ShardId,
-    mut receiver: ControlReceiver,
-    observer: Option<NetObserver>,
-) {
-    loop {
-        let received = receiver.recv().await;
-        if let Ok(Some(message)) = &received {
-            shared.control.add_received(message);
-        }
-        match received {
-            Ok(Some(Control::Membership {
-                epoch,
-                members,
-                reason,
-            })) => {
-                tracing::warn!(shard = shard.0, epoch = epoch.0, %reason, "{} workers remain", members.len());
-                if shard == ShardId(0) {
-                    shared.set_members(members.clone());
-                    shared.arrived(Work::Epoch(epoch));
-                }
-                if let Some(observer) = &observer {
-                    observer(&NetEvent::Membership {
-                        shard,
-                        epoch,
-                        members,
-                        reason,
-                    });
-                }
-            }
-            Ok(Some(Control::Refused { code, detail })) => {
-                return shared.fail_refused(shard, code, detail);
-            }
-            Ok(Some(other)) => {
-                tracing::warn!(shard = shard.0, ?other, "unexpected control message");
-            }
-            Ok(None) => {
-                return shared.fail(crate::reducer::ReduceError::Disconnected {
-                    shard: shard.0,
-                    detail: "the shard ended the session without a reason; look at its log"
-                        .to_owned(),
-                });
-            }
-            Err(error) => return shared.fail_transport(shard, &error),
-        }
-    }
-}
-
-/// Tells every shard that this worker leaves, and waits until their machines have the message.
-pub(super) async fn leave(controls: Vec<ControlOut>) {
-    let mut waiting = Vec::with_capacity(controls.len());
-    for control in controls {
-        control.send(Control::Leave);
-        drop(control.messages);
-        waiting.push(control.writer);
-    }
+/// Waits until every shard has a leaving worker's last words.
+pub(super) async fn left(writers: Vec<JoinHandle<()>>) {
     let all = async {
-        for writer in waiting {
+        for writer in writers {
             let _acknowledged = writer.await;
         }
     };

@@ -5,186 +5,89 @@
 //! | thread | does |
 //! |---|---|
 //! | trainer's | [`Reducer::push`] copies a gradient into the inbox and returns; [`Reducer::finish`] waits |
-//! | `arc-engine` | owns the order of events: runs the [`StepMachine`] (compression) and hands frames to streams |
-//! | tokio's, [`NetConfig::io_threads`] of them | QUIC: one task for each round in flight, one per control stream |
+//! | `arc-engine` | owns the order of events: runs the [`Member`] (compression) and hands frames to streams |
+//! | tokio's, [`NetConfig::io_threads`] of them | QUIC: one task for each round in flight, one per shard that keeps it connected |
 //!
 //! So compression and sending overlap the trainer's backward, and several buckets are in flight over all
 //! shards at once. The engine takes frames from shards before gradients from the trainer: an answer that waits
 //! keeps a link idle, a gradient that waits costs nothing yet.
 //!
+//! # Connections
+//!
+//! ```text
+//! supervisor of a shard ── dial, Hello, Welcome ──► Up ──► engine: this connection's frames from here on
+//!        ▲                                                   │
+//!        └── pause, 50 ms doubling to 500 ms ◄── Down ◄── connection ends
+//! ```
+//!
+//! Connections of a shard are numbered, and what one of them brings is dropped once it is down: the machine has the
+//! unanswered frames of its open rounds sent again on the next one. The other shards' connections go on meanwhile.
+//!
 //! # Priorities
 //!
 //! Bucket 0 holds the tensors that backward produces first, those at the end of the network; the next forward
 //! needs the *highest* bucket first. Streams therefore have their bucket's number as priority: once bucket 9 is
-//! complete, its frames overtake what is left of bucket 0. The control stream is above all.
+//! complete, its frames overtake what is left of bucket 0. Answers that a restarted shard is told go before all rounds,
+//! and the control stream before everything.
 //!
 //! # Errors
 //!
-//! The first failure is kept and ends the session: every later call returns it. Nothing waits without bound:
-//! a lost shard shows as idle timeout (3 s), and a shard that keeps the connection but does not answer as
-//! [`ReduceError::Stalled`].
+//! The first failure is kept and ends the session: every later call returns it. Nothing waits without bound: a lost shard
+//! shows as idle timeout (3 s) and is dialled for [`NetConfig::reconnect_timeout`], and a shard that keeps the connection
+//! but does not answer shows as [`ReduceError::Stalled`].
 
-mod connect;
+mod config;
+mod dial;
 mod engine;
 mod error;
 mod link;
 mod shared;
+mod supervisor;
 
+pub use config::{NetConfig, NetEvent, NetObserver};
 pub use error::ConnectError;
 
 use crate::backend::{Backend, CpuBackend};
-use crate::reducer::{ReduceError, Reducer, TrainReport};
+use crate::member::{Member, MemberConfig};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::compress::fast::Fast;
-use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
+use arc_topk_common::ids::{Rank, RunId, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
-use arc_topk_transport::{
-    Connection, ConnectionSummary, Endpoint, Identity, LEAVE_CODE, TransportConfig, VarInt, summary,
-};
-use link::{ControlOut, Link};
-use shared::Shared;
-use std::fmt;
+use arc_topk_transport::{ConnectionSummary, Endpoint, LEAVE_CODE, VarInt, summary};
+use dial::{Dialer, Dialled};
+use shared::{Core, Shared, Work};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
+use supervisor::Supervisor;
 use tokio::runtime::Runtime;
+use tokio::task::AbortHandle;
 
 /// How long a closing session waits for its close frames to be taken. A lost shard never takes them.
 const CLOSE_TIMEOUT: Duration = Duration::from_millis(500);
-
-/// What a session tells about itself while it runs.
-#[derive(Clone, PartialEq, Debug)]
-pub enum NetEvent {
-    /// A shard does not answer yet; it is tried again.
-    Retrying {
-        /// Shard.
-        shard: ShardId,
-        /// Cause, for people.
-        cause: String,
-    },
-    /// Shard 0 waits for the other workers.
-    Waiting {
-        /// Workers that are there.
-        joined: u16,
-        /// Workers that the job needs.
-        world: u16,
-    },
-    /// Workers left or were lost.
-    Membership {
-        /// As this shard sees it.
-        shard: ShardId,
-        /// New epoch.
-        epoch: Epoch,
-        /// Live ranks, ascending.
-        members: Vec<Rank>,
-        /// What happened, for people.
-        reason: String,
-    },
-}
-
-/// Receives [`NetEvent`]s, on any thread; must not block.
-pub type NetObserver = Arc<dyn Fn(&NetEvent) + Send + Sync>;
-
-/// How a worker joins a job.
-#[derive(Clone)]
-pub struct NetConfig {
-    /// `HOST:PORT` of every shard, in the same order on all workers. Certificates must name HOST.
-    pub shards: Vec<String>,
-    /// Certificate, key and CA of this worker.
-    pub identity: Identity,
-    /// Job name.
-    pub job: String,
-    /// Rank to ask for; `None` takes the lowest free one.
-    pub rank: Option<Rank>,
-    /// World size to insist on; `None` takes the shard's.
-    pub world: Option<u16>,
-    /// First step: 0, or that of the checkpoint. All workers must agree.
-    pub start_step: Step,
-    /// First update (skipped steps not counted): 0, or that of the checkpoint.
-    pub start_update: u64,
-    /// How long shards are tried before giving up: they may start after the workers.
-    pub connect_timeout: Duration,
-    /// How long shard 0 may wait for the other workers.
-    pub join_timeout: Duration,
-    /// How long no shard may answer, while rounds are open, before the step fails. Must exceed the longest
-    /// time by which workers drift apart (a validation pass on one of them, say).
-    pub progress_timeout: Duration,
-    /// Threads for QUIC.
-    pub io_threads: usize,
-    /// Bytes of gradients that may wait for the engine before [`Reducer::push`] blocks.
-    pub queue_bytes: usize,
-    /// Tuning of QUIC.
-    pub transport: TransportConfig,
-    /// Told of waiting, retries and membership.
-    pub observer: Option<NetObserver>,
-}
-
-impl NetConfig {
-    /// Joins `job` at `shards` with every other setting at its default.
-    #[must_use]
-    pub fn new(job: &str, shards: &[String], identity: Identity) -> Self {
-        Self {
-            shards: shards.to_vec(),
-            identity,
-            job: job.to_owned(),
-            rank: None,
-            world: None,
-            start_step: Step(0),
-            start_update: 0,
-            connect_timeout: Duration::from_secs(30),
-            join_timeout: Duration::from_secs(600),
-            progress_timeout: Duration::from_secs(600),
-            io_threads: 2,
-            queue_bytes: 128 << 20,
-            transport: TransportConfig::default(),
-            observer: None,
-        }
-    }
-
-    fn observe(&self, event: &NetEvent) {
-        if let Some(observer) = &self.observer {
-            observer(event);
-        }
-    }
-}
-
-impl fmt::Debug for NetConfig {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("NetConfig")
-            .field("shards", &self.shards)
-            .field("job", &self.job)
-            .field("rank", &self.rank)
-            .field("world", &self.world)
-            .finish_non_exhaustive()
-    }
-}
 
 /// A [`Reducer`] over QUIC. See the module.
 ///
 /// Dropped without [`Reducer::leave`], it closes its connections at once, and the shards count this worker as lost.
 pub struct QuicReducer {
     plan: Arc<Plan>,
+    run: RunId,
     rank: Rank,
     world: u16,
     shared: Arc<Shared>,
     engine: Option<JoinHandle<()>>,
     runtime: Option<Runtime>,
-    peers: Vec<Peer>,
-    controls: Vec<ControlOut>,
+    supervisors: Vec<AbortHandle>,
     progress_timeout: Duration,
     pushed: Vec<bool>,
-    open: bool,
+    /// The open step.
+    open: Option<Step>,
+    behind: bool,
     start_step: Step,
+    needs_snapshot: bool,
     totals: Totals,
-}
-
-/// A connected shard.
-struct Peer {
-    shard: ShardId,
-    connection: Connection,
-    /// Drives the connection's socket.
-    endpoint: Endpoint,
 }
 
 /// Sums over the session, for reports.
@@ -236,82 +139,103 @@ impl QuicReducer {
             });
         }
         let plan = Arc::new(Plan::build(spec)?);
+        if config.shards.is_empty() {
+            return Err(ConnectError::ShardCount {
+                plan: plan.spec.shards,
+                addresses: 0,
+            });
+        }
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.io_threads.max(1))
             .thread_name("arc-io")
             .enable_all()
             .build()
             .map_err(|e| ConnectError::Runtime(e.to_string()))?;
-        let (joined, welcome) = runtime.block_on(connect::join_all(&config, &plan))?;
-        let mut machine = StepMachine::with_backend(
-            Arc::clone(&plan),
-            backend(&plan),
-            welcome.epoch,
-            welcome.start_step,
-            config.start_update,
-        );
-        machine.set_epoch(welcome.epoch);
-        let shared = Arc::new(Shared::new(machine, config.queue_bytes));
-        let mut controls = Vec::with_capacity(joined.len());
-        let mut peers = Vec::with_capacity(joined.len());
-        let mut links = Vec::with_capacity(joined.len());
-        for joined in joined {
-            controls.push(link::spawn_control(
-                runtime.handle(),
-                &shared,
-                joined.shard,
-                joined.control.sender,
-                joined.control.receiver,
-                config.observer.clone(),
-            ));
-            links.push(Link {
-                shard: joined.shard,
-                connection: joined.connection.clone(),
-                peer: joined.peer.into(),
-            });
-            peers.push(Peer {
-                shard: joined.shard,
-                connection: joined.connection,
-                endpoint: joined.endpoint,
-            });
-        }
-        let engine = engine::spawn(&plan, Arc::clone(&shared), links, runtime.handle().clone())
+        let dialer = Arc::new(Dialer::new(config, Arc::clone(&plan)));
+        let first = runtime.block_on(dialer.join())?;
+        let backend = backend(&plan);
+        let (welcome, update) = (&first.welcome, dialer.config.start_update);
+        let epoch = welcome.place.epoch;
+        let machine =
+            StepMachine::with_backend(Arc::clone(&plan), backend, epoch, welcome.step, update);
+        let mut out = Vec::new();
+        let mut member = Member::new(machine, MemberConfig::new(welcome), &mut out);
+        let others = runtime.block_on(dialer.join_others(|shard| member.intent(shard)));
+        let others = match others {
+            Ok(others) => others,
+            Err(error) => {
+                runtime.block_on(first.hang_up());
+                return Err(error);
+            }
+        };
+        let core = Core { member, out };
+        Self::start(dialer, plan, runtime, core, first, others)
+    }
+
+    fn start(
+        dialer: Arc<Dialer>,
+        plan: Arc<Plan>,
+        runtime: Runtime,
+        core: Core,
+        first: Dialled,
+        others: Vec<Dialled>,
+    ) -> Result<Self, ConnectError> {
+        let config = &dialer.config;
+        let welcome = first.welcome.clone();
+        let progress_timeout = config.progress_timeout;
+        let shared = Arc::new(Shared::new(core, config.queue_bytes));
+        let observer = config.observer.clone();
+        let handle = runtime.handle().clone();
+        let engine = engine::spawn(&plan, Arc::clone(&shared), handle, observer)
             .map_err(|e| ConnectError::Runtime(e.to_string()))?;
+        let supervise = |dialled: Dialled| {
+            let supervisor = Supervisor {
+                dialer: Arc::clone(&dialer),
+                shared: Arc::clone(&shared),
+                shard: dialled.shard,
+            };
+            runtime.spawn(supervisor.run(dialled)).abort_handle()
+        };
+        let supervisors = std::iter::once(first)
+            .chain(others)
+            .map(supervise)
+            .collect();
         Ok(Self {
             pushed: vec![false; plan.tensors.len()],
+            run: welcome.place.run,
+            rank: welcome.place.rank,
+            world: welcome.place.members.len() as u16,
             plan,
-            rank: welcome.rank,
-            world: welcome.world,
             shared,
             engine: Some(engine),
             runtime: Some(runtime),
-            peers,
-            controls,
-            progress_timeout: config.progress_timeout,
-            open: false,
-            start_step: welcome.start_step,
+            supervisors,
+            progress_timeout,
+            open: None,
+            behind: false,
+            start_step: welcome.step,
+            needs_snapshot: welcome.snapshot,
             totals: Totals::default(),
         })
     }
 
-    /// Figures of the connection with every shard, for metrics.
+    /// Figures of the newest connection with every shard, for metrics.
     #[must_use]
     pub fn connections(&self) -> Vec<(ShardId, ConnectionSummary)> {
-        self.peers
-            .iter()
-            .map(|peer| (peer.shard, summary(&peer.connection)))
+        let peers = self.shared.peers();
+        let peers = peers.iter();
+        peers
+            .map(|(shard, peer)| (*shard, summary(&peer.connection)))
             .collect()
-    }
-
-    /// Live ranks by the latest news from shard 0, ascending; `None` while all that started are there.
-    #[must_use]
-    pub fn members(&self) -> Option<Vec<Rank>> {
-        self.shared.members()
     }
 
     /// Measure energies and norms in every `steps`-th step; see [`StepMachine::set_measure_every`].
     pub fn set_measure_every(&mut self, steps: u64) {
-        self.shared.machine().set_measure_every(steps);
+        self.shared
+            .core()
+            .member
+            .machine_mut()
+            .set_measure_every(steps);
     }
 
     fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<(), ReduceError> {
@@ -321,9 +245,9 @@ impl QuicReducer {
                 tensors: self.plan.tensors.len(),
             }));
         };
-        if !self.open {
+        let Some(step) = self.open else {
             return Err(ReduceError::Step(StepError::NotBegun));
-        }
+        };
         if planned.elements != elements {
             return Err(ReduceError::Step(StepError::GradientLength {
                 tensor: planned.spec.name.clone(),
@@ -334,7 +258,7 @@ impl QuicReducer {
         if std::mem::replace(&mut self.pushed[tensor.index()], true) {
             return Err(ReduceError::Step(StepError::FilledTwice {
                 tensor: planned.spec.name.clone(),
-                step: self.shared.machine().step(),
+                step,
             }));
         }
         Ok(())
@@ -342,7 +266,12 @@ impl QuicReducer {
 
     fn shut_down(&mut self, code: u32, reason: &str) {
         self.shared.close();
-        for peer in &self.peers {
+        // None of them dials again.
+        for supervisor in self.supervisors.drain(..) {
+            supervisor.abort();
+        }
+        let peers = std::mem::take(&mut *self.shared.peers());
+        for peer in peers.values() {
             peer.connection
                 .close(VarInt::from_u32(code), reason.as_bytes());
         }
@@ -350,7 +279,7 @@ impl QuicReducer {
             let _panicked_already_reported = engine.join();
         }
         if let Some(runtime) = self.runtime.take() {
-            let endpoints: Vec<Endpoint> = self.peers.drain(..).map(|peer| peer.endpoint).collect();
+            let endpoints: Vec<Endpoint> = peers.into_values().map(|peer| peer.endpoint).collect();
             let (closed, all_closed) = mpsc::channel();
             // Not `block_on`: whoever drops this may do so inside a runtime of his own.
             runtime.spawn(async move {
@@ -383,30 +312,57 @@ impl Reducer for QuicReducer {
         self.start_step
     }
 
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn run(&self) -> Option<RunId> {
+        Some(self.run)
+    }
+
+    fn members(&self) -> Vec<Rank> {
+        self.shared.core().member.place().members.clone()
+    }
+
+    fn live_workers(&self) -> u16 {
+        let core = self.shared.core();
+        (core.member.place().members.len() - core.member.away().len()) as u16
+    }
+
+    fn is_leader(&self) -> bool {
+        self.shared.core().member.leader() == self.rank
+    }
+
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.shared.check()?;
         self.pushed.fill(false);
-        self.open = true;
+        let mut core = self.shared.core();
+        let Core { member, out } = &mut *core;
+        self.behind = member.begin(out);
+        self.open = Some(member.machine().step());
+        drop(core);
         self.shared.begin();
-        Ok(())
+        Ok(StepStart {
+            behind: self.behind,
+        })
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
         self.check_push(tensor, gradient.len())?;
+        if self.behind {
+            // Nobody takes it any more.
+            return self.shared.check();
+        }
         self.shared.push(tensor, gradient)
     }
 
     fn finish(&mut self) -> Result<StepOutcome, ReduceError> {
-        if !self.open {
+        let Some(step) = self.open else {
             return Err(ReduceError::Step(StepError::NotBegun));
-        }
+        };
         let started = Instant::now();
-        self.shared.flush();
-        self.shared.wait_complete(self.progress_timeout)?;
+        self.shared.flush(step);
+        self.shared.wait_complete(step, self.progress_timeout)?;
         let wait_seconds = started.elapsed().as_secs_f64();
         let committing = Instant::now();
-        let mut outcome = self.shared.machine().commit();
-        self.open = false;
+        let mut outcome = self.shared.core().member.commit();
+        self.open = None;
         let (sent, received) = self.shared.control.take();
         outcome.stats.sent.control += sent;
         outcome.stats.received.control += received;
@@ -418,11 +374,11 @@ impl Reducer for QuicReducer {
     }
 
     fn for_each_result(&mut self, f: &mut dyn FnMut(TensorResult<'_>)) {
-        self.shared.machine().for_each_result(f);
+        self.shared.core().member.for_each_result(f);
     }
 
     fn export_state(&mut self) -> WorkerState {
-        self.shared.machine().export_state()
+        self.shared.core().member.export_state()
     }
 
     fn import_state(&mut self, state: WorkerState) -> Result<(), ReduceError> {
@@ -432,8 +388,30 @@ impl Reducer for QuicReducer {
                 state: state.step,
             });
         }
-        self.shared.machine().import_state(state)?;
+        self.shared.core().member.import_state(state)?;
+        self.needs_snapshot = false;
         Ok(())
+    }
+
+    fn needs_snapshot(&self) -> Option<(RunId, Step)> {
+        self.needs_snapshot.then_some((self.run, self.start_step))
+    }
+
+    fn donation_due(&self) -> bool {
+        self.shared.core().member.donation_due()
+    }
+
+    fn donated(&mut self, step: Step) {
+        self.shared.tell(|member, out| {
+            member.donation_taken();
+            member.donated(step, out);
+        });
+    }
+
+    fn digest(&mut self, step: Step, digest: [u8; 32]) {
+        let message = Control::Digest { step, digest };
+        self.shared
+            .tell(|member, out| member.tell_coordinator(message, out));
     }
 
     fn report(&mut self, report: TrainReport) {
@@ -448,15 +426,19 @@ impl Reducer for QuicReducer {
             captured_energy: self.totals.captured_energy.unwrap_or(f32::NAN),
             residual_ratio: self.totals.residual_ratio.unwrap_or(f32::NAN),
         };
-        self.controls[0].send(message);
+        self.shared
+            .tell(|member, out| member.tell_coordinator(message, out));
     }
 
     fn leave(mut self: Box<Self>) {
-        // From here on a closing shard is no failure.
-        self.shared.close();
-        let controls = std::mem::take(&mut self.controls);
-        if let Some(runtime) = &self.runtime {
-            runtime.block_on(link::leave(controls));
+        self.shared.leave();
+        self.shared.tell(Member::leave);
+        let (reply, writers) = mpsc::channel();
+        self.shared.after_all(Work::Left(reply));
+        if let Some(runtime) = &self.runtime
+            && let Ok(writers) = writers.recv_timeout(link::LEAVE_TIMEOUT)
+        {
+            runtime.block_on(link::left(writers));
         }
         self.shut_down(LEAVE_CODE, "left in order");
     }

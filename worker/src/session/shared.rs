@@ -1,33 +1,89 @@
 //! What the trainer's thread, the engine and the network tasks share.
 
+use super::link::Link;
+use crate::member::{Member, Output};
 use crate::reducer::ReduceError;
-use crate::step::StepMachine;
-use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, TensorId};
-use arc_topk_common::wire::{Control, FrameHeader, FrameKind, RefusalCode};
-use arc_topk_transport::TransportError;
+use arc_topk_common::ids::{BucketId, ShardId, Step, TensorId};
+use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Intent, Welcome};
+use arc_topk_transport::{Connection, Endpoint};
 use bytes::Bytes;
-use std::collections::{BTreeMap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Condvar, Mutex, MutexGuard};
+use std::sync::{Condvar, Mutex, MutexGuard, mpsc};
 use std::time::{Duration, Instant};
+use tokio::sync::oneshot;
+use tokio::task::JoinHandle;
+
+/// What a connection with a shard brings.
+pub(super) struct Event {
+    pub(super) shard: ShardId,
+    /// Which of the shard's connections.
+    pub(super) generation: u64,
+    pub(super) what: What,
+}
+
+pub(super) enum What {
+    /// It is there: the shard has welcomed this worker.
+    Up {
+        link: Link,
+        welcome: Welcome,
+    },
+    /// It is gone.
+    Down {
+        reason: String,
+    },
+    Frame(FrameHeader, Bytes),
+    Control(Control),
+}
 
 /// Work for the engine.
 pub(super) enum Work {
-    /// A frame from a shard.
-    Frame {
+    /// From a shard.
+    Net(Event),
+    /// A shard is about to be dialled: what to say?
+    Intent {
         shard: ShardId,
-        header: FrameHeader,
-        body: Bytes,
+        reply: oneshot::Sender<Intent>,
     },
-    /// Membership changed.
-    Epoch(Epoch),
-    /// A step opens.
+    /// A step opens. The machine knows already; what follows from it lies in its outputs.
     Begin,
     /// A gradient.
     Fill(TensorId, Vec<f32>),
     /// No more gradients in this step.
-    Flush,
+    Flush(Step),
+    /// A shard does not want this worker, whichever connection says so.
+    Refused { shard: ShardId, message: Control },
+    /// The trainer told the machine something: its outputs are to be sent.
+    Told,
+    /// This worker has left: the tasks that still say so come back.
+    Left(mpsc::Sender<Vec<JoinHandle<()>>>),
 }
+
+/// What the engine finds when it asks for work.
+pub(super) enum Next {
+    Work(Work),
+    /// Nothing came until the deadline.
+    Deadline,
+    /// The session has closed.
+    Closed,
+}
+
+/// The machine and what it wants done. Both under one lock, so that whoever calls the machine, what follows is done in
+/// the order of the calls.
+pub(super) struct Core {
+    pub(super) member: Member,
+    pub(super) out: Vec<Output>,
+}
+
+/// A connected shard.
+pub(super) struct Peer {
+    pub(super) connection: Connection,
+    /// Drives the connection's socket.
+    pub(super) endpoint: Endpoint,
+}
+
+/// Least time between two looks of a trainer that waits.
+const SHORTEST_WAIT: Duration = Duration::from_millis(10);
 
 /// Queues and progress, all under one lock that is held only for pushes and pops.
 struct Inner {
@@ -38,14 +94,18 @@ struct Inner {
     /// Buffers for copies of gradients, to be used again: a fresh one costs its page faults each step.
     spare: Vec<Vec<f32>>,
     spare_bytes: usize,
+    /// What fails from here on is no failure.
+    leaving: bool,
     closed: bool,
-    complete: bool,
+    /// The newest step whose rounds have all closed.
+    complete: Option<Step>,
     failure: Option<ReduceError>,
     last_progress: Instant,
     /// Rounds that wait for a shard, and the frame that was sent last.
     awaited: BTreeMap<(ShardId, BucketId), FrameKind>,
+    /// Shards that are being dialled again.
+    lost: BTreeSet<ShardId>,
     compress: Duration,
-    members: Option<Vec<Rank>>,
 }
 
 /// Bytes of control messages since they were last taken.
@@ -77,8 +137,11 @@ impl ControlBytes {
 
 /// See the module.
 pub(super) struct Shared {
-    machine: Mutex<StepMachine>,
+    core: Mutex<Core>,
+    started: Instant,
     pub(super) control: ControlBytes,
+    /// The newest connection of every shard.
+    peers: Mutex<BTreeMap<ShardId, Peer>>,
     inner: Mutex<Inner>,
     /// Something to do for the engine.
     work: Condvar,
@@ -88,23 +151,26 @@ pub(super) struct Shared {
 }
 
 impl Shared {
-    pub(super) fn new(machine: StepMachine, queue_bytes: usize) -> Self {
+    pub(super) fn new(core: Core, queue_bytes: usize) -> Self {
         Self {
-            machine: Mutex::new(machine),
+            core: Mutex::new(core),
+            started: Instant::now(),
             control: ControlBytes::default(),
+            peers: Mutex::new(BTreeMap::new()),
             inner: Mutex::new(Inner {
                 from_shards: VecDeque::new(),
                 from_trainer: VecDeque::new(),
                 queued_bytes: 0,
                 spare: Vec::new(),
                 spare_bytes: 0,
+                leaving: false,
                 closed: false,
-                complete: false,
+                complete: None,
                 failure: None,
                 last_progress: Instant::now(),
                 awaited: BTreeMap::new(),
+                lost: BTreeSet::new(),
                 compress: Duration::ZERO,
-                members: None,
             }),
             work: Condvar::new(),
             progress: Condvar::new(),
@@ -112,23 +178,31 @@ impl Shared {
         }
     }
 
-    pub(super) fn machine(&self) -> MutexGuard<'_, StepMachine> {
+    pub(super) fn core(&self) -> MutexGuard<'_, Core> {
         // After a panic of the engine the session has failed and says so; the state between steps is whole.
-        self.machine.lock().unwrap_or_else(|e| e.into_inner())
+        self.core.lock().unwrap_or_else(|e| e.into_inner())
+    }
+
+    /// The machine's clock.
+    pub(super) fn now(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    /// The newest connection of every shard.
+    pub(super) fn peers(&self) -> MutexGuard<'_, BTreeMap<ShardId, Peer>> {
+        self.peers
+            .lock()
+            .expect("no code that can panic runs under this lock")
+    }
+
+    pub(super) fn register(&self, shard: ShardId, peer: Peer) {
+        self.peers().insert(shard, peer);
     }
 
     fn inner(&self) -> MutexGuard<'_, Inner> {
         self.inner
             .lock()
             .expect("no code that can panic runs under this lock")
-    }
-
-    pub(super) fn members(&self) -> Option<Vec<Rank>> {
-        self.inner().members.clone()
-    }
-
-    pub(super) fn set_members(&self, members: Vec<Rank>) {
-        self.inner().members = Some(members);
     }
 
     // The trainer's side.
@@ -139,9 +213,23 @@ impl Shared {
 
     pub(super) fn begin(&self) {
         let mut inner = self.inner();
-        inner.complete = false;
         inner.last_progress = Instant::now();
         inner.from_trainer.push_back(Work::Begin);
+        self.work.notify_one();
+    }
+
+    /// Tells the machine something between steps and has the engine send what follows.
+    pub(super) fn tell(&self, what: impl FnOnce(&mut Member, &mut Vec<Output>)) {
+        let mut core = self.core();
+        let Core { member, out } = &mut *core;
+        what(member, out);
+        drop(core);
+        self.after_all(Work::Told);
+    }
+
+    /// Queues work after all that the trainer queued.
+    pub(super) fn after_all(&self, work: Work) {
+        self.inner().from_trainer.push_back(work);
         self.work.notify_one();
     }
 
@@ -173,29 +261,33 @@ impl Shared {
         Ok(())
     }
 
-    pub(super) fn flush(&self) {
+    pub(super) fn flush(&self, step: Step) {
         let mut inner = self.inner();
         inner.last_progress = Instant::now();
-        inner.from_trainer.push_back(Work::Flush);
+        inner.from_trainer.push_back(Work::Flush(step));
         self.work.notify_one();
     }
 
-    /// Returns when every round of the step has closed, or with the reason why not.
-    pub(super) fn wait_complete(&self, limit: Duration) -> Result<(), ReduceError> {
+    /// Returns when every round of `step` has closed, or with the reason why not.
+    pub(super) fn wait_complete(&self, step: Step, limit: Duration) -> Result<(), ReduceError> {
         let mut inner = self.inner();
         loop {
             if let Some(failure) = &inner.failure {
                 return Err(failure.clone());
             }
-            if inner.complete {
+            if inner.complete == Some(step) {
                 return Ok(());
+            }
+            if !inner.lost.is_empty() {
+                // The patience with shards that are dialled is another.
+                inner.last_progress = Instant::now();
             }
             let quiet = inner.last_progress.elapsed();
             if quiet >= limit && !inner.awaited.is_empty() {
                 let stalled = inner.stalled(limit);
                 return Err(inner.fail(stalled));
             }
-            let rest = limit.saturating_sub(quiet).max(Duration::from_millis(10));
+            let rest = limit.saturating_sub(quiet).max(SHORTEST_WAIT);
             inner = self
                 .progress
                 .wait_timeout(inner, rest)
@@ -208,6 +300,16 @@ impl Shared {
         std::mem::take(&mut self.inner().compress)
     }
 
+    /// From here on a closing shard is no failure, and is not dialled again.
+    pub(super) fn leave(&self) {
+        self.inner().leaving = true;
+    }
+
+    pub(super) fn is_ending(&self) -> bool {
+        let inner = self.inner();
+        inner.leaving || inner.closed
+    }
+
     /// Ends the engine after what it is doing now.
     pub(super) fn close(&self) {
         self.inner().closed = true;
@@ -216,7 +318,17 @@ impl Shared {
 
     // The network's side.
 
-    pub(super) fn arrived(&self, work: Work) {
+    pub(super) fn arrived(&self, shard: ShardId, generation: u64, what: What) {
+        let event = Event {
+            shard,
+            generation,
+            what,
+        };
+        self.urgent(Work::Net(event));
+    }
+
+    /// Queues work before all that the trainer queued.
+    pub(super) fn urgent(&self, work: Work) {
         let mut inner = self.inner();
         inner.last_progress = Instant::now();
         inner.from_shards.push_back(work);
@@ -226,50 +338,51 @@ impl Shared {
     /// Keeps the first failure; none after the session has closed.
     pub(super) fn fail(&self, failure: ReduceError) {
         let mut inner = self.inner();
-        if !inner.closed {
+        if !inner.closed && !inner.leaving {
             inner.fail(failure);
         }
         self.progress.notify_all();
     }
 
-    pub(super) fn fail_transport(&self, shard: ShardId, error: &TransportError) {
-        if let TransportError::Closed { code, reason, .. } = error
-            && let Some(code) = RefusalCode::from_number(*code)
-        {
-            return self.fail_refused(shard, code, reason.clone());
-        }
-        self.fail(ReduceError::Disconnected {
-            shard: shard.0,
-            detail: error.to_string(),
-        });
-    }
-
-    pub(super) fn fail_refused(&self, shard: ShardId, code: RefusalCode, detail: String) {
-        self.fail(ReduceError::Refused {
-            shard: shard.0,
-            code: format!("{code:?}"),
-            detail,
-        });
-    }
-
     // The engine's side.
 
-    /// The next piece of work, frames from shards first; `None` when the session has closed.
-    pub(super) fn next(&self) -> Option<Work> {
+    /// The next piece of work, what shards sent first. Waits until `deadline` on the machine's clock.
+    pub(super) fn next(&self, deadline: Option<Duration>) -> Next {
         let mut inner = self.inner();
         loop {
             if inner.closed {
-                return None;
+                return Next::Closed;
             }
             let next = inner.from_shards.pop_front();
             if let Some(work) = next.or_else(|| inner.from_trainer.pop_front()) {
-                return Some(work);
+                return Next::Work(work);
             }
-            inner = self
-                .work
-                .wait(inner)
-                .expect("no code that can panic runs under this lock");
+            let rest = deadline.map(|deadline| deadline.saturating_sub(self.now()));
+            if rest.is_some_and(|rest| rest.is_zero()) {
+                return Next::Deadline;
+            }
+            inner = match rest {
+                Some(rest) => self
+                    .work
+                    .wait_timeout(inner, rest)
+                    .map(|woken| woken.0)
+                    .ok(),
+                None => self.work.wait(inner).ok(),
+            }
+            .expect("no code that can panic runs under this lock");
         }
+    }
+
+    /// Books a connection that is new, or that is gone with what was awaited from it.
+    pub(super) fn link(&self, shard: ShardId, up: bool) {
+        let mut inner = self.inner();
+        inner.awaited.retain(|(of, _), _| *of != shard);
+        if up {
+            inner.lost.remove(&shard);
+        } else {
+            inner.lost.insert(shard);
+        }
+        inner.last_progress = Instant::now();
     }
 
     /// Books a frame that goes out.
@@ -296,12 +409,12 @@ impl Shared {
     }
 
     /// Books the time of one piece of work.
-    pub(super) fn worked(&self, time: Duration, complete: bool) {
+    pub(super) fn worked(&self, time: Duration, complete: Option<Step>) {
         let mut inner = self.inner();
         inner.compress += time;
         inner.last_progress = Instant::now();
-        if complete {
-            inner.complete = true;
+        if complete.is_some() && inner.complete != complete {
+            inner.complete = complete;
             self.progress.notify_all();
         }
     }

@@ -18,6 +18,8 @@
 //! | awaiting 0 (arc) | Selection | awaiting 1 | Values of the chosen rows, last |
 //! | awaiting 0 (others) | Mean, SparseMean, DenseMean | closed | |
 //! | awaiting 1 | Mean | closed | |
+//! | awaiting the last (ef21) | Restore | awaiting estimates | Estimates, last |
+//! | awaiting estimates | EstimatesMean | closed | |
 //! | awaiting 0, abstaining or not finite (arc) | Selection | awaiting 1 | Values, empty, `absent`, last |
 //! | awaiting any | the phase's answer with `non_finite` | non-finite | (the stream just ends) |
 //! | any | an answer that came before, the same bytes | same | |
@@ -53,6 +55,7 @@
 mod commit;
 mod elastic;
 mod error;
+mod estimates;
 mod result;
 mod round;
 mod state;
@@ -61,7 +64,7 @@ mod stats;
 pub use elastic::RETAINED_STEPS;
 pub use error::{ImportError, StepError};
 pub use result::{RowsCame, TensorResult};
-pub use state::WorkerState;
+pub use state::{SHARED_ARRAY, WorkerState};
 pub use stats::{ByteCounts, StepOutcome, StepStats};
 
 use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};

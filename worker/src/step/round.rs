@@ -32,7 +32,7 @@ impl State {
         match self {
             Self::Filling => "not open yet",
             Self::Awaiting(0) => "waiting for the answer to its first frame",
-            Self::Awaiting(_) => "waiting for the mean of its values",
+            Self::Awaiting(_) => "waiting for a later answer",
             Self::Closed | Self::NonFinite => "closed",
         }
     }
@@ -40,17 +40,17 @@ impl State {
 
 /// What became of one segment in this round. Bytes are slices of whole frames.
 #[derive(Debug)]
-struct Exchange {
-    shape: SegmentShape,
+pub(super) struct Exchange {
+    pub(super) shape: SegmentShape,
     /// Compressible tensor.
-    sparse: bool,
+    pub(super) sparse: bool,
     /// Rows that this worker sent (absolute); unused where all rows travel.
     own: Vec<u32>,
     /// topk: rows of the mean.
     union: Option<Vec<u32>>,
-    sent: Bytes,
-    mean: Bytes,
-    counted: bool,
+    pub(super) sent: Bytes,
+    pub(super) mean: Bytes,
+    pub(super) counted: bool,
 }
 
 /// An answer as it came, roster included.
@@ -63,15 +63,17 @@ pub(super) struct Answer {
 /// One round.
 #[derive(Debug)]
 pub(super) struct Round {
-    shape: RoundShape,
+    pub(super) shape: RoundShape,
     phases: &'static [Phase],
     state: State,
     /// All gradients so far are finite.
     finite: bool,
     /// This worker contributes nothing more: it only takes the results.
     abstains: bool,
+    /// ef21: H was made anew; what this round would have moved stays where it was.
+    pub(super) restored: bool,
     /// Sparse segments, then dense ones.
-    exchanges: Vec<Exchange>,
+    pub(super) exchanges: Vec<Exchange>,
     /// The frame up that waits for its answer.
     unanswered: Option<Outgoing>,
     /// By phase.
@@ -128,6 +130,7 @@ impl Round {
             state: State::Filling,
             finite: true,
             abstains: false,
+            restored: false,
             exchanges,
             unanswered: None,
             answers: Vec::with_capacity(phases.len()),
@@ -213,12 +216,11 @@ impl Round {
         ctx: &StepContext<'_>,
         traffic: &mut Traffic,
     ) -> Result<Option<Outgoing>, StepError> {
-        let phase = self
-            .phases
-            .iter()
-            .position(|phase| phase.down == header.kind);
-        if let Some(known) = phase.and_then(|phase| self.answers.get(phase)) {
-            return if known.header.flags.non_finite == header.flags.non_finite && known.body == body
+        let phase = self.shape.phase_of(header.kind);
+        if let Some(known) = self.answers.get(phase) {
+            return if (known.header.kind, known.header.flags.non_finite)
+                == (header.kind, header.flags.non_finite)
+                && known.body == body
             {
                 // Told twice: once on a connection that was lost, once on the next.
                 Ok(None)
@@ -226,10 +228,9 @@ impl Round {
                 Err(self.differs(header))
             };
         }
-        let expected = match (self.state, phase) {
-            (State::Awaiting(awaited), Some(phase)) if awaited == phase => phase,
-            _ => return Err(self.unexpected(header)),
-        };
+        if self.state != State::Awaiting(phase) || !self.answers_to(phase).contains(&header.kind) {
+            return Err(self.unexpected(header));
+        }
         if header.flags.held || header.flags.absent {
             return Err(self.unexpected(header));
         }
@@ -259,19 +260,44 @@ impl Round {
         self.abstains |= !self.finite;
         self.answered(header, body);
         traffic.received.control += HEADER_BYTES as u64;
-        if expected + 1 == self.phases.len() {
+        if !header.kind.goes_on() {
             self.state = State::Closed;
             return Ok(None);
         }
-        self.state = State::Awaiting(expected + 1);
+        let next = phase + 1;
+        self.state = State::Awaiting(next);
         if self.abstains {
             let flags = FrameFlags {
                 absent: true,
                 ..FrameFlags::default()
             };
-            return Ok(Some(self.outgoing(1, flags, Bytes::new(), ctx, traffic)));
+            return Ok(Some(self.outgoing(next, flags, Bytes::new(), ctx, traffic)));
         }
-        Ok(Some(self.send_values(backend, ctx, traffic)))
+        Ok(Some(if header.kind == FrameKind::Restore {
+            self.send_estimates(backend, ctx, traffic)
+        } else {
+            self.send_values(backend, ctx, traffic)
+        }))
+    }
+
+    /// Kinds that answer the frame of this phase.
+    fn answers_to(&self, phase: usize) -> Vec<FrameKind> {
+        let Some(of) = self.phases.get(phase) else {
+            return vec![FrameKind::EstimatesMean];
+        };
+        let last = phase + 1 == self.phases.len();
+        if last && self.shape.changes_estimates {
+            vec![of.down, FrameKind::Restore]
+        } else {
+            vec![of.down]
+        }
+    }
+
+    /// Kind of the frame that goes up in this phase.
+    fn up(&self, phase: usize) -> FrameKind {
+        self.phases
+            .get(phase)
+            .map_or(FrameKind::Estimates, |phase| phase.up)
     }
 
     fn answered(&mut self, header: &FrameHeader, body: Bytes) {
@@ -353,6 +379,10 @@ impl Round {
                 received.dense += dense;
                 received.selection += body.len() as u64 - values - dense;
             }
+            FrameKind::Restore => Layout::default().check(kind, body.len())?,
+            FrameKind::EstimatesMean => {
+                self.take_estimates(body, counted, received)?;
+            }
             FrameKind::Mean => {
                 let kept: Vec<usize> = self.exchanges[..sparse]
                     .iter()
@@ -375,7 +405,7 @@ impl Round {
     }
 
     /// Means of the sparse segments and, where the frame carries them, of the dense ones.
-    fn assign_all(&mut self, layout: &Layout, body: &Bytes, counted: bool) {
+    pub(super) fn assign_all(&mut self, layout: &Layout, body: &Bytes, counted: bool) {
         let (sparse, dense) = self.exchanges.split_at_mut(self.shape.sparse.len());
         assign(sparse, &layout.sparse, body, counted);
         assign(dense, &layout.dense, body, counted);
@@ -427,6 +457,11 @@ impl Round {
         let (abstained, measure) = (self.abstains, measure && !self.abstains);
         for exchange in &mut self.exchanges {
             let all_rows = dense_round || !exchange.sparse;
+            if self.restored && exchange.sparse {
+                exchange.restore(&self.shape, backend);
+                came(&exchange.shape, None);
+                continue;
+            }
             let energies = backend.commit(SegmentCommit {
                 abstained,
                 ..exchange.end(all_rows, &self.shape, measure)
@@ -450,7 +485,7 @@ impl Round {
         total
     }
 
-    fn outgoing(
+    pub(super) fn outgoing(
         &mut self,
         phase: usize,
         flags: FrameFlags,
@@ -462,7 +497,7 @@ impl Round {
         let frame = Outgoing {
             shard: self.shape.shard,
             header: FrameHeader {
-                kind: self.phases[phase].up,
+                kind: self.up(phase),
                 flags,
                 bucket: self.shape.bucket,
                 epoch: ctx.epoch,
@@ -474,7 +509,8 @@ impl Round {
                 lead: 0,
             },
             body,
-            last: phase + 1 == self.phases.len(),
+            // Where H may have to be made anew, another frame may follow the last.
+            last: phase + 1 >= self.phases.len() + usize::from(self.shape.changes_estimates),
         };
         self.unanswered = Some(frame.clone());
         frame

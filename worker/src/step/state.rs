@@ -4,6 +4,9 @@ use super::{ImportError, Progress, StepMachine};
 use arc_topk_common::ids::Step;
 use std::collections::BTreeMap;
 
+/// The array of feedback state that is equal on all workers: H of ef21 and ef21m.
+pub const SHARED_ARRAY: &str = "global";
+
 /// Everything that a worker must keep to continue to the bit.
 #[derive(Clone, PartialEq, Debug, Default)]
 pub struct WorkerState {

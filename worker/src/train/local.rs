@@ -1,6 +1,6 @@
 //! One worker without shards: the result is its own gradient.
 
-use crate::reducer::{ReduceError, Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{
     ImportError, RowsCame, StepError, StepOutcome, StepStats, TensorResult, WorkerState,
 };
@@ -60,12 +60,12 @@ impl Reducer for LocalReducer {
         self.step
     }
 
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.gradients
             .iter_mut()
             .for_each(|gradient| gradient.fill(0.0));
         (self.open, self.finite) = (true, true);
-        Ok(())
+        Ok(StepStart::default())
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {

@@ -237,7 +237,7 @@ impl Reducer for Spoiled {
     fn start_step(&self) -> Step {
         self.inner.start_step()
     }
-    fn begin(&mut self) -> Result<(), ReduceError> {
+    fn begin(&mut self) -> Result<StepStart, ReduceError> {
         self.inner.begin()
     }
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
