@@ -85,7 +85,11 @@ impl Shard {
             body,
         };
         let steps = job.steps_for(rank);
-        let live = job.members.live(now, header.step);
+        let mut live = job.members.live(now, header.step);
+        if !job.is_running() {
+            // Those that have not come yet keep their turn in the sums.
+            live.extend(&job.members.listed);
+        }
         let accepted = job.rounds.accept(now, header, frame, &live, steps)?;
         if let Some(member) = job.members.get_mut(rank) {
             member.step = member.step.max(header.step);
