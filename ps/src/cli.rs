@@ -6,8 +6,8 @@ use arc_topk_common::config::{
     CertArgs, CommonArgs, SettingError, SettingsError, ShardArgs, read_settings,
 };
 use arc_topk_common::ids::ShardId;
-use arc_topk_transport::certs::{CertRequest, make_job_certs};
-use arc_topk_transport::{Identity, TransportConfig, TransportError};
+use arc_topk_transport::certs::{CertRequest, JobCerts, Role, make_job_certs, renew_job_certs};
+use arc_topk_transport::{IdentitySource, TransportConfig, TransportError};
 use clap::{Args, Command, CommandFactory, Parser};
 use clap_complete::Shell;
 use std::ffi::OsString;
@@ -15,6 +15,7 @@ use std::io::{self, IsTerminal, Write};
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
 
 /// One shard of arc-topk's parameter server.
 ///
@@ -57,7 +58,8 @@ Other commands: arc-ps certs, arc-ps completions (each with --help).";
 /// Make a job's certificates: an authority, and identities for its shards and its workers.
 ///
 /// Workers and shards prove to each other by them that they belong to one job (mutual TLS 1.3). Keys are readable by their
-/// owner alone. The authority's key is needed only to make more: keep it off the machines of the job.
+/// owner alone. The authority's key is needed only to make more: keep it off the machines of the job. Processes that run
+/// take new files at the old places: a shard within 10 s (SIGHUP: at once), a worker when it next connects.
 #[derive(Parser, Debug)]
 #[command(name = "certs", bin_name = "arc-ps certs", version)]
 struct CertsCommand {
@@ -72,7 +74,11 @@ struct CertsCommand {
     /// Days for which they are valid.
     #[arg(long, value_name = "DAYS", default_value_t = 365, value_parser = clap::value_parser!(u32).range(1..=36500))]
     days: u32,
-    /// Replace certificates that are there; peers with the old ones can then no longer connect.
+    /// Make new certificates for shards and workers from the authority that is there. Peers with the old ones can still
+    /// connect, and the hosts of the old ones stay in. A ca.pem to which another authority's was added goes to all.
+    #[arg(long, conflicts_with = "force")]
+    renew: bool,
+    /// Replace the authority and all certificates; peers with the old ones can then no longer connect.
     #[arg(long)]
     force: bool,
 }
@@ -173,6 +179,10 @@ fn certs(words: Vec<OsString>) -> Result<(), CliError> {
     command.common.validate()?;
     let mut request = CertRequest::new(&command.common.job, &command.hosts, command.days);
     request.force = command.force;
+    if command.renew {
+        let (made, end) = renew_job_certs(&command.out, &request)?;
+        return print(&renewed(&made, &end.date().to_string()));
+    }
     let made = make_job_certs(&command.out, &request)?;
     let out = command.out.display();
     let hosts: Vec<&str> = command
@@ -197,6 +207,19 @@ fn certs(words: Vec<OsString>) -> Result<(), CliError> {
     ))
 }
 
+fn renewed(made: &JobCerts, end: &str) -> String {
+    format!(
+        "New certificates of the same authority, valid until {end}, are in\n\
+         \n\
+         \x20 {shard}   copy over the files on every machine that runs arc-ps\n\
+         \x20 {worker}  copy over the files on every machine that runs a worker\n\
+         \n\
+         Nothing needs a restart: shards take them within 10 s (SIGHUP: at once), workers when they next connect.\n",
+        shard = made.shard.display(),
+        worker = made.worker.display(),
+    )
+}
+
 fn serve(words: Vec<OsString>) -> Result<(), CliError> {
     let command: ServeCommand = read_settings(words)?;
     command.common.validate()?;
@@ -206,7 +229,7 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
     let options = ServeOptions {
         listen: command.shard.listen,
         admin: command.shard.admin.0,
-        identity: Identity::load_files(&ca, &cert, &key)?,
+        identity: IdentitySource::files(&ca, &cert, &key, Role::Shard)?,
         transport: TransportConfig::default(),
         shard: ShardConfig {
             min_workers: command.shard.min_workers,
@@ -236,6 +259,7 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
 async fn until_stopped(options: ServeOptions, ready: &ReadyArgs) -> Result<(), CliError> {
     let shard = options.shard.clone();
     let mut stop = stop_signals(ready.until_stdin_ends)?;
+    let mut renew = signal(SignalKind::hangup()).map_err(no_signals)?;
     let server = Server::start(options).await?;
     let (quic, admin) = (server.quic_address(), server.admin_address());
     tracing::info!(
@@ -251,28 +275,35 @@ async fn until_stopped(options: ServeOptions, ready: &ReadyArgs) -> Result<(), C
         let line = serde_json::json!({ "ready": true, "shard": shard.shard, "quic": quic, "admin": admin });
         print(&format!("{line}\n"))?;
     }
-    // Every sender is held by a task that lives as long as the process.
-    let reason = stop.recv().await.unwrap_or("end");
+    let reason = loop {
+        tokio::select! {
+            // Every sender is held by a task that lives as long as the process.
+            reason = stop.recv() => break reason.unwrap_or("end"),
+            Some(()) = renew.recv() => server.renew_identity(),
+        }
+    };
     tracing::info!(reason, "stopping");
     server.shutdown(reason).await;
     Ok(())
+}
+
+fn no_signals(source: io::Error) -> CliError {
+    CliError::System {
+        what: "cannot catch signals",
+        source,
+    }
 }
 
 /// Says when to stop, and why. A second signal ends the process at once.
 fn stop_signals(
     until_stdin_ends: bool,
 ) -> Result<tokio::sync::mpsc::Receiver<&'static str>, CliError> {
-    use tokio::signal::unix::{SignalKind, signal};
-    let system = |source| CliError::System {
-        what: "cannot catch signals",
-        source,
-    };
     let (stop, stopped) = tokio::sync::mpsc::channel(1);
     for (kind, name) in [
         (SignalKind::terminate(), "SIGTERM"),
         (SignalKind::interrupt(), "SIGINT"),
     ] {
-        let mut signals = signal(kind).map_err(system)?;
+        let mut signals = signal(kind).map_err(no_signals)?;
         let stop = stop.clone();
         tokio::spawn(async move {
             signals.recv().await;

@@ -95,6 +95,74 @@ fn it_says_when_it_is_ready_and_ends_with_zero_on_sigterm() {
     assert_eq!(child.wait().unwrap().code(), Some(0));
 }
 
+/// What `/metrics` says of `name`.
+fn metric(admin: &str, name: &str) -> String {
+    use std::io::{Read, Write};
+    let mut stream = std::net::TcpStream::connect(admin).unwrap();
+    let request = "GET /metrics HTTP/1.1\r\nHost: test\r\nConnection: close\r\n\r\n";
+    stream.write_all(request.as_bytes()).unwrap();
+    let mut text = String::new();
+    stream.read_to_string(&mut text).unwrap();
+    let line = text.lines().find_map(|line| line.strip_prefix(name));
+    line.unwrap_or_else(|| panic!("no {name} in {text}"))
+        .trim()
+        .to_owned()
+}
+
+#[test]
+fn renewed_certificates_are_taken_on_sighup() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = make(dir.path());
+    let mut child = arc_ps()
+        .args(["--certs", &out, "--workers", "2", "--listen", "127.0.0.1:0"])
+        .args(["--admin", "127.0.0.1:0", "--ready-json"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::null())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap())
+        .read_line(&mut line)
+        .unwrap();
+    let ready: serde_json::Value = serde_json::from_str(&line).unwrap();
+    let admin = ready["admin"].as_str().unwrap();
+    let end = "arc_certificate_expiry_timestamp_seconds";
+    let taken = "arc_certificate_renewals_total{outcome=\"taken\"}";
+    let before: u64 = metric(admin, end).parse().unwrap();
+    let ca = std::fs::read(dir.path().join("certs/ca.pem")).unwrap();
+
+    let (code, text, error) = output(&["certs", "--out", &out, "--renew", "--days", "30"]);
+    assert_eq!(code, Some(0), "{error}");
+    assert!(text.contains("Nothing needs a restart"), "{text}");
+    assert_eq!(std::fs::read(dir.path().join("certs/ca.pem")).unwrap(), ca);
+    let pid = child.id().to_string();
+    let sent = Command::new("kill").args(["-HUP", &pid]).status();
+    assert!(sent.unwrap().success());
+    for _ in 0..600 {
+        if metric(admin, taken) != "0" {
+            break;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(50));
+    }
+    assert_eq!(metric(admin, taken), "1");
+    let after: u64 = metric(admin, end).parse().unwrap();
+    assert!(after < before, "30 days end before 365: {after}, {before}");
+    child.kill().unwrap();
+    child.wait().unwrap();
+}
+
+#[test]
+fn a_renewal_needs_the_authoritys_key() {
+    let dir = tempfile::tempdir().unwrap();
+    let out = make(dir.path());
+    std::fs::remove_file(dir.path().join("certs/ca-key.pem")).unwrap();
+    let (code, _, error) = output(&["certs", "--out", &out, "--renew"]);
+    assert_eq!(code, Some(1));
+    assert!(error.contains("ca-key.pem"), "{error}");
+    let (code, _, error) = output(&["certs", "--out", &out, "--renew", "--force"]);
+    assert_eq!(code, Some(2), "{error}");
+}
+
 #[test]
 fn it_ends_when_its_standard_input_does() {
     let dir = tempfile::tempdir().unwrap();

@@ -1,207 +1,20 @@
 //! The shell over real QUIC on loopback: rounds, bad peers, admin pages, shutdown.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::config::algorithm::Compressor;
-use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
-use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
-use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION,
-    RefusalCode, Welcome,
-};
+mod net;
+
+use arc_topk_common::ids::{Epoch, Rank, Step};
+use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES, Hello, RefusalCode, Welcome};
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
-use arc_topk_ps::shard::{ShardConfig, Stage};
-use arc_topk_transport::certs::{CertRequest, make_job_certs};
+use arc_topk_ps::shard::Stage;
 use arc_topk_transport::{
-    Connection, ControlStream, Identity, RecvStream, SendStream, TransportConfig, TransportError,
-    connect, read_frame, write_frame,
+    ControlStream, SendStream, TransportConfig, TransportError, connect, write_frame,
 };
-use bytes::Bytes;
+use net::{
+    PATIENCE, Worker, answer, certs, header, hello, options, quick, running, running_with, shows,
+};
 use std::net::SocketAddr;
-use std::path::Path;
-use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-
-/// Long enough for a slow machine, short enough for a test that hangs.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-fn certs(dir: &Path) -> (Identity, Identity) {
-    let made = make_job_certs(dir, &CertRequest::new("job", &[], 1)).unwrap();
-    (
-        Identity::load(&made.shard).unwrap(),
-        Identity::load(&made.worker).unwrap(),
-    )
-}
-
-fn options(identity: Identity, world: u16) -> ServeOptions {
-    let any: SocketAddr = "127.0.0.1:0".parse().unwrap();
-    ServeOptions {
-        listen: any,
-        admin: Some(any),
-        identity,
-        transport: TransportConfig::default(),
-        shard: ShardConfig {
-            shard: ShardId(0),
-            shards: 1,
-            job: "job".to_owned(),
-            world,
-            min_workers: 1,
-        },
-        chaos_delay: Duration::ZERO,
-        timeouts: Timeouts::default(),
-    }
-}
-
-/// For tests that wait until they are over, and for no others: a slow machine takes longer than this.
-fn quick() -> Timeouts {
-    let patience = Duration::from_millis(300);
-    Timeouts {
-        hello: patience,
-        header: patience,
-        body: patience,
-    }
-}
-
-fn spec() -> PlanSpec {
-    let tensors = vec![TensorSpec {
-        name: "a".to_owned(),
-        shape: vec![4, 4],
-        dtype: DType::F32,
-        density: None,
-    }];
-    let algorithm = AlgorithmConfig {
-        compressor: Compressor::Dense,
-        ..AlgorithmConfig::default()
-    };
-    PlanSpec {
-        trainer: String::new(),
-        algorithm,
-        shards: 1,
-        tensors,
-    }
-}
-
-fn hello() -> Hello {
-    Hello {
-        protocol: PROTOCOL_VERSION,
-        job: "job".to_owned(),
-        incarnation: [7; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
-        shard: 0,
-        host: "test".to_owned(),
-        plan: spec(),
-    }
-}
-
-struct Worker {
-    connection: Connection,
-    control: ControlStream,
-    /// Once welcomed.
-    rank: Option<Rank>,
-}
-
-impl Worker {
-    async fn hello(server: &Server, identity: &Identity, hello: Hello) -> Self {
-        let address = server.quic_address().to_string();
-        let connection = connect(&address, identity, &TransportConfig::default())
-            .await
-            .unwrap();
-        let mut control = ControlStream::open(&connection, "shard").await.unwrap();
-        control
-            .send(&Control::Hello(Box::new(hello)))
-            .await
-            .unwrap();
-        Self {
-            connection,
-            control,
-            rank: None,
-        }
-    }
-
-    async fn message(&mut self) -> Control {
-        tokio::time::timeout(PATIENCE, self.control.recv())
-            .await
-            .unwrap()
-            .unwrap()
-            .unwrap()
-    }
-
-    /// Skips what came before.
-    async fn refusal(&mut self) -> (RefusalCode, String) {
-        loop {
-            if let Control::Refused { code, detail } = self.message().await {
-                return (code, detail);
-            }
-        }
-    }
-
-    async fn welcome(&mut self) -> Rank {
-        loop {
-            match self.message().await {
-                Control::Welcome(welcome) => return *self.rank.insert(welcome.rank),
-                Control::Waiting { .. } => {}
-                other => panic!("{other:?}"),
-            }
-        }
-    }
-
-    async fn send_dense(&self, step: u64, value: f32) -> (SendStream, RecvStream) {
-        let (mut send, recv) = self.connection.open_bi().await.unwrap();
-        let body: Vec<u8> = [value; 16].into_iter().flat_map(f32::to_le_bytes).collect();
-        write_frame(&mut send, &header(step, body.len()), body.into(), "shard")
-            .await
-            .unwrap();
-        (send, recv)
-    }
-}
-
-fn header(step: u64, bytes: usize) -> FrameHeader {
-    FrameHeader {
-        kind: FrameKind::Dense,
-        flags: FrameFlags::default(),
-        bucket: BucketId(0),
-        epoch: Epoch(1),
-        step: Step(step),
-        update: step,
-        body_bytes: bytes as u32,
-    }
-}
-
-async fn answer(recv: &mut RecvStream) -> (FrameHeader, Bytes) {
-    tokio::time::timeout(PATIENCE, read_frame(recv, 1 << 20, "shard"))
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap()
-}
-
-/// A server and its welcomed workers.
-async fn running(dir: &Path, world: u16) -> (Server, Identity, Vec<Worker>) {
-    running_with(dir, world, Timeouts::default()).await
-}
-
-async fn running_with(
-    dir: &Path,
-    world: u16,
-    timeouts: Timeouts,
-) -> (Server, Identity, Vec<Worker>) {
-    let (shard, worker) = certs(dir);
-    let options = ServeOptions {
-        timeouts,
-        ..options(shard, world)
-    };
-    let server = Server::start(options).await.unwrap();
-    let mut workers = Vec::new();
-    for _ in 0..world {
-        workers.push(Worker::hello(&server, &worker, hello()).await);
-    }
-    for worker in &mut workers {
-        worker.welcome().await;
-    }
-    (server, worker, workers)
-}
 
 async fn get(address: SocketAddr, path: &str) -> String {
     let mut stream = tokio::net::TcpStream::connect(address).await.unwrap();
@@ -210,17 +23,6 @@ async fn get(address: SocketAddr, path: &str) -> String {
     let mut text = String::new();
     stream.read_to_string(&mut text).await.unwrap();
     text
-}
-
-/// Waits until the metrics show this line.
-async fn shows(server: &Server, line: &str) {
-    for _ in 0..600 {
-        if server.metrics().lines().any(|shown| shown == line) {
-            return;
-        }
-        tokio::time::sleep(Duration::from_millis(50)).await;
-    }
-    panic!("{line} is not among\n{}", server.metrics());
 }
 
 /// Bytes of messages on a control stream.
@@ -567,6 +369,7 @@ async fn a_first_message_that_is_no_hello_is_refused_with_a_reason() {
         connection,
         control,
         rank: None,
+        elements: 0,
     };
     let (code, detail) = worker.refusal().await;
     assert_eq!(code, RefusalCode::Protocol);

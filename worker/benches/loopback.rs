@@ -209,7 +209,7 @@ impl Bench {
             chaos_delay: std::time::Duration::ZERO,
             listen: "127.0.0.1:0".parse().unwrap(),
             admin: None,
-            identity: self.shard(),
+            identity: self.shard().into(),
             transport: TransportConfig::default(),
             shard: ShardConfig {
                 shard: ShardId(0),

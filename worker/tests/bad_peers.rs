@@ -75,7 +75,7 @@ fn a_certificate_of_another_authority() {
         let place = job.place("stranger");
         stranger.issue(&place, Role::Worker, &request()).unwrap();
         let mut config = job.config();
-        config.identity = Identity::load(&place).unwrap();
+        config.identity = Identity::load(&place).unwrap().into();
         let error = transport_error(config);
         assert!(
             matches!(
@@ -95,7 +95,8 @@ fn a_certificate_of_another_authority() {
             &place.join("cert.pem"),
             &place.join("key.pem"),
         )
-        .unwrap();
+        .unwrap()
+        .into();
         let error = transport_error(config);
         assert!(
             matches!(
@@ -127,7 +128,8 @@ fn an_expired_certificate() {
             &place.join("cert.pem"),
             &place.join("key.pem"),
         )
-        .unwrap();
+        .unwrap()
+        .into();
         let error = transport_error(config);
         assert!(
             matches!(

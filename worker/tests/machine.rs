@@ -1,7 +1,10 @@
 //! The step machine alone, against shards made by hand: what it refuses, and what an answer's flags decide.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-mod support;
+#[path = "support/problem.rs"]
+mod problem;
+#[path = "support/shard.rs"]
+mod shard;
 
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::config::AlgorithmConfig;
@@ -11,8 +14,8 @@ use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::{FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, WireError};
 use arc_topk_worker::step::{ImportError, Outgoing, StepError, StepMachine};
 use bytes::Bytes;
+use problem::{algorithm, assert_close, gradients, model, spec, tensor};
 use std::sync::Arc;
-use support::{algorithm, assert_close, gradients, model, spec, tensor};
 
 fn machine(spec: &PlanSpec) -> StepMachine {
     let plan = Arc::new(Plan::build(spec.clone()).unwrap());
@@ -31,8 +34,8 @@ fn down(of: &Outgoing, kind: FrameKind, body: &Bytes) -> FrameHeader {
     FrameHeader {
         kind,
         flags: FrameFlags {
-            non_finite: false,
             counted: true,
+            ..FrameFlags::default()
         },
         body_bytes: body.len() as u32,
         ..of.header
@@ -112,7 +115,7 @@ fn dense_tensors_count_by_the_selection_and_values_by_the_mean() {
 }
 
 #[test]
-fn a_gradient_that_is_not_finite_is_announced_with_an_empty_last_frame() {
+fn a_gradient_that_is_not_finite_is_announced_with_an_empty_frame() {
     let spec = spec(algorithm(Feedback::Ef14, 0.3), 2, model());
     let mut machine = machine(&spec);
     machine.begin();
@@ -125,10 +128,8 @@ fn a_gradient_that_is_not_finite_is_announced_with_an_empty_last_frame() {
     for frame in &out {
         assert_eq!(frame.header.flags.non_finite, frame.header.bucket == bucket);
         assert_eq!(frame.body.is_empty(), frame.header.flags.non_finite);
-        assert_eq!(
-            frame.last,
-            frame.header.flags.non_finite || frame.header.kind == FrameKind::Dense
-        );
+        // Where it is late, it still asks for the mean.
+        assert_eq!(frame.last, frame.header.kind == FrameKind::Dense);
     }
 }
 
@@ -200,16 +201,41 @@ fn frames_that_do_not_belong_are_refused_and_change_nothing() {
     machine
         .handle(ShardId(0), good, body.clone(), &mut out)
         .unwrap();
-    let twice = machine
-        .handle(ShardId(0), good, body, &mut out)
+    let values = out.pop().unwrap();
+    machine.handle(ShardId(0), good, body, &mut out).unwrap();
+    assert!(out.is_empty());
+    let others = Bytes::from(vec![0, 0b11]);
+    let twice = machine.handle(ShardId(0), good, others, &mut out);
+    assert!(matches!(twice, Err(StepError::AnswerDiffers { .. })));
+    let mean = down(&values, FrameKind::SparseMean, &values.body);
+    let wrong = machine
+        .handle(ShardId(0), mean, values.body.clone(), &mut out)
         .unwrap_err();
     assert!(
-        twice
-            .to_string()
-            .contains("waiting for the mean of its values"),
-        "{twice}"
+        wrong.to_string().contains("waiting for a later answer"),
+        "{wrong}"
     );
-    let values = out.pop().unwrap();
+    for flags in [
+        FrameFlags {
+            held: true,
+            ..FrameFlags::default()
+        },
+        FrameFlags {
+            absent: true,
+            ..FrameFlags::default()
+        },
+    ] {
+        let mut header = down(&values, FrameKind::Mean, &values.body);
+        header.flags = flags;
+        let wrong = machine.handle(ShardId(0), header, values.body.clone(), &mut out);
+        assert!(matches!(wrong, Err(StepError::UnexpectedFrame { .. })));
+    }
+    let mut header = down(&values, FrameKind::Mean, &values.body);
+    for roster in [1, u16::MAX] {
+        header.roster_bytes = roster;
+        let wrong = machine.handle(ShardId(0), header, values.body.clone(), &mut out);
+        assert!(matches!(wrong, Err(StepError::Body { .. })));
+    }
     let short = Bytes::from(vec![0; 3]);
     let error = machine
         .handle(
@@ -336,12 +362,16 @@ fn bytes_are_counted_by_kind() {
             ..algorithm(Feedback::None, 0.3)
         };
         let spec = spec(algorithm, 2, model());
-        let mut cluster = support::cluster(&spec, 1);
-        let stats = support::step(&mut cluster, &gradients(&spec, 1, 0))[0]
-            .unwrap()
-            .stats;
         let mut machine = machine(&spec);
         let first = open(&mut machine, &spec, 0);
+        let mut queue = first.clone();
+        while let Some(frame) = queue.pop() {
+            let (header, body) = shard::answer(machine.plan(), &frame, &[0], 0.0);
+            machine
+                .handle(frame.shard, header, body, &mut queue)
+                .unwrap();
+        }
+        let stats = machine.commit().stats;
         let first_bytes: usize = first.iter().map(|frame| frame.body.len()).sum();
         let sent = stats.sent;
         if compressor != Compressor::Arc {

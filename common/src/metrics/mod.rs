@@ -94,6 +94,15 @@ labels!(
     }
 );
 labels!(
+    /// What became of certificate files that were changed (label `outcome`).
+    CertificateRenewal {
+        /// New connections see them.
+        Taken = "taken",
+        /// They cannot be used; those from before stay in use.
+        Refused = "refused",
+    }
+);
+labels!(
     /// How a step ended (label `outcome`).
     StepEnd {
         /// The update was applied.

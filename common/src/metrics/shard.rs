@@ -19,6 +19,8 @@ pub struct ShardMetrics {
     lost_workers: IntCounter,
     refusals: IntCounterVec,
     failed_handshakes: IntCounter,
+    certificate_expiry: IntGauge,
+    certificate_renewals: IntCounterVec,
     straggler_wait_seconds: prometheus::CounterVec,
 }
 
@@ -74,6 +76,15 @@ impl ShardMetrics {
                 "arc_failed_handshakes_total",
                 "Connections that ended in the TLS handshake: wrong certificate, authority or protocol",
             ),
+            certificate_expiry: r.count(
+                "arc_certificate_expiry_timestamp_seconds",
+                "End of the validity of the certificate shown to workers, Unix time",
+            ),
+            certificate_renewals: r.counters(
+                "arc_certificate_renewals_total",
+                "Changes of the certificate files while the shard runs, by outcome",
+                &["outcome"],
+            ),
             straggler_wait_seconds: r.add(prometheus::CounterVec::new(
                 Opts::new(
                     "arc_straggler_wait_seconds_total",
@@ -86,6 +97,13 @@ impl ShardMetrics {
         RoundOutcome::ALL
             .iter()
             .for_each(|outcome| drop(metrics.rounds.with_label_values(&[outcome.label()])));
+        CertificateRenewal::ALL.iter().for_each(|outcome| {
+            drop(
+                metrics
+                    .certificate_renewals
+                    .with_label_values(&[outcome.label()]),
+            )
+        });
         Flow::ALL.iter().for_each(|flow| {
             drop(
                 metrics
@@ -140,6 +158,19 @@ impl ShardMetrics {
     /// A connection ended in its handshake.
     pub fn handshake_failed(&self) {
         self.failed_handshakes.inc();
+    }
+
+    /// The certificate in use ends at this Unix time, seconds.
+    pub fn set_certificate_expiry(&self, timestamp: u64) {
+        self.certificate_expiry
+            .set(i64::try_from(timestamp).unwrap_or(i64::MAX));
+    }
+
+    /// The certificate files were changed.
+    pub fn certificate_renewed(&self, outcome: CertificateRenewal) {
+        self.certificate_renewals
+            .with_label_values(&[outcome.label()])
+            .inc();
     }
 
     /// The others waited for `rank`.

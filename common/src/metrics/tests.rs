@@ -118,5 +118,6 @@ fn bytes_are_told_apart_from_the_start() {
     );
     assert!(text.contains("arc_communication_bytes_total{direction=\"up\",kind=\"sketch\"} 0\n"));
     assert!(text.contains("arc_rounds_total{outcome=\"non_finite\"} 0\n"));
+    assert!(text.contains("arc_certificate_renewals_total{outcome=\"refused\"} 0\n"));
     assert!(text.contains("arc_build_info{component=\"shard\",version="));
 }

@@ -8,15 +8,21 @@
 //! ```
 //!
 //! One certificate per role suffices: ranks are given by shard 0, not by certificates.
+//!
+//! Certificates end, authorities do not have to end with them: [`renew_job_certs`] makes new ones from the key that is
+//! there. Processes that run take the new files as they find them ([`crate::source`]).
 
 use crate::error::TransportError;
-use crate::identity::{CA_FILE, CERT_FILE, KEY_FILE};
+use crate::identity::{CA_FILE, CERT_FILE, KEY_FILE, content, read};
 use rcgen::{
-    BasicConstraints, Certificate, CertificateParams, CertifiedIssuer, DnType,
-    ExtendedKeyUsagePurpose, IsCa, KeyPair, KeyUsagePurpose,
+    BasicConstraints, Certificate, CertificateParams, DnType, ExtendedKeyUsagePurpose, IsCa,
+    Issuer, KeyPair, KeyUsagePurpose, PublicKeyData,
 };
+use rustls_pki_types::CertificateDer;
+use rustls_pki_types::pem::PemObject;
 use std::fs;
 use std::io::{self, Write};
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use time::{Duration, OffsetDateTime};
 
@@ -97,13 +103,9 @@ impl Role {
 /// be written.
 pub fn make_job_certs(dir: &Path, request: &CertRequest) -> Result<JobCerts, TransportError> {
     let authority = Authority::new(request)?;
-    let places = JobCerts {
-        ca: dir.join(CA_FILE),
-        shard: dir.join(SHARD_DIR),
-        worker: dir.join(WORKER_DIR),
-    };
+    let places = places(dir);
     let mut files = vec![
-        File::public(places.ca.clone(), authority.issuer.pem()),
+        File::public(places.ca.clone(), authority.pem.clone()),
         File::secret(
             dir.join(CA_KEY_FILE),
             authority.issuer.key().serialize_pem(),
@@ -115,9 +117,72 @@ pub fn make_job_certs(dir: &Path, request: &CertRequest) -> Result<JobCerts, Tra
     Ok(places)
 }
 
+/// Makes new identities below `dir` from the authority that is there; says until when they are valid.
+///
+/// The authority and its key stay as they are. Every certificate in `ca.pem` goes into the identities, so that one that is
+/// about to be replaced is trusted as long as it is kept there. The hosts of the shards' old certificate are kept beside
+/// those of the request. No certificate outlives its authority. `force` has no say: identities are there to be replaced.
+///
+/// # Errors
+/// The authority or its key is not there, does not fit, or has ended; a host name is malformed; a file cannot be written.
+pub fn renew_job_certs(
+    dir: &Path,
+    request: &CertRequest,
+) -> Result<(JobCerts, OffsetDateTime), TransportError> {
+    let places = places(dir);
+    let (authority, end) = Authority::load(dir)?;
+    let mut request = request.clone();
+    request.not_after = request.not_after.min(end);
+    if request.not_after <= OffsetDateTime::now_utc() {
+        return Err(TransportError::Authority {
+            path: places.ca,
+            problem: format!("its validity ended on {end}"),
+        });
+    }
+    request.shard_hosts.extend(hosts_of(&places.shard));
+    let mut files = Vec::from(authority.identity(&places.shard, Role::Shard, &request)?);
+    files.extend(authority.identity(&places.worker, Role::Worker, &request)?);
+    write_all(&files, true)?;
+    Ok((places, request.not_after))
+}
+
+fn places(dir: &Path) -> JobCerts {
+    JobCerts {
+        ca: dir.join(CA_FILE),
+        shard: dir.join(SHARD_DIR),
+        worker: dir.join(WORKER_DIR),
+    }
+}
+
+/// Hosts that the certificate in `dir` names; none if there is no certificate.
+fn hosts_of(dir: &Path) -> Vec<String> {
+    use x509_parser::extensions::GeneralName;
+    let Ok(der) = CertificateDer::from_pem_file(dir.join(CERT_FILE)) else {
+        return Vec::new();
+    };
+    let Ok((_, parsed)) = x509_parser::parse_x509_certificate(&der) else {
+        return Vec::new();
+    };
+    let Ok(Some(names)) = parsed.subject_alternative_name() else {
+        return Vec::new();
+    };
+    let host = |name: &GeneralName<'_>| match name {
+        GeneralName::DNSName(name) => Some((*name).to_owned()),
+        GeneralName::IPAddress(bytes) => {
+            let v4 = <[u8; 4]>::try_from(*bytes).map(IpAddr::from);
+            let v6 = <[u8; 16]>::try_from(*bytes).map(IpAddr::from);
+            v4.or(v6).ok().map(|address| address.to_string())
+        }
+        _ => None,
+    };
+    names.value.general_names.iter().filter_map(host).collect()
+}
+
 /// A job's CA, which can issue further identities as long as it is in memory.
 pub struct Authority {
-    issuer: CertifiedIssuer<'static, KeyPair>,
+    issuer: Issuer<'static, KeyPair>,
+    /// What the identities trust: its certificate, and whatever stands beside it in its file.
+    pem: String,
 }
 
 impl Authority {
@@ -139,8 +204,40 @@ impl Authority {
         params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
         params.not_before = request.not_before;
         params.not_after = request.not_after;
-        let issuer = CertifiedIssuer::self_signed(params, key).map_err(failed)?;
-        Ok(Self { issuer })
+        let pem = params.self_signed(&key).map_err(failed)?.pem();
+        let issuer = Issuer::new(params, key);
+        Ok(Self { issuer, pem })
+    }
+
+    /// The CA whose `ca.pem` and `ca-key.pem` are in `dir`, and the end of its validity. If `ca.pem` holds several
+    /// certificates, that of the key is taken.
+    ///
+    /// # Errors
+    /// A file that cannot be read or holds something else; a key of none of the certificates.
+    pub fn load(dir: &Path) -> Result<(Self, OffsetDateTime), TransportError> {
+        let (path, key_path) = (dir.join(CA_FILE), dir.join(CA_KEY_FILE));
+        let text =
+            |path: &Path, what| String::from_utf8(read(path)?).map_err(|e| content(path, what, &e));
+        let pem = text(&path, "CA certificate in PEM")?;
+        let key = KeyPair::from_pem(&text(&key_path, "private key in PEM")?)
+            .map_err(|e| content(&key_path, "private key in PEM", &e))?;
+        let bad =
+            |problem: &dyn std::fmt::Display| content(&path, "CA certificate in PEM", problem);
+        for der in CertificateDer::pem_slice_iter(pem.as_bytes()) {
+            let der = der.map_err(|e| bad(&e))?;
+            let (_, parsed) = x509_parser::parse_x509_certificate(&der).map_err(|e| bad(&e))?;
+            if parsed.public_key().subject_public_key.data != key.der_bytes() {
+                continue;
+            }
+            let end = parsed.validity().not_after.to_datetime();
+            let issuer = Issuer::from_ca_cert_der(&der, key).map_err(|e| bad(&e))?;
+            return Ok((Self { issuer, pem }, end));
+        }
+        Err(TransportError::KeyMismatch {
+            cert: path,
+            key: key_path,
+            problem: "no certificate there has its public key".to_owned(),
+        })
     }
 
     /// Writes `ca.pem`, `cert.pem` and `key.pem` of one more peer into `dir`, with the request's hosts (for
@@ -165,7 +262,7 @@ impl Authority {
     ) -> Result<[File; 3], TransportError> {
         let (cert, key) = make_leaf(request, &self.issuer, role)?;
         Ok([
-            File::public(dir.join(CA_FILE), self.issuer.pem()),
+            File::public(dir.join(CA_FILE), self.pem.clone()),
             File::public(dir.join(CERT_FILE), cert.pem()),
             File::secret(dir.join(KEY_FILE), key.serialize_pem()),
         ])
@@ -174,7 +271,7 @@ impl Authority {
 
 fn make_leaf(
     request: &CertRequest,
-    ca: &CertifiedIssuer<'static, KeyPair>,
+    ca: &Issuer<'static, KeyPair>,
     role: Role,
 ) -> Result<(Certificate, KeyPair), TransportError> {
     let subject = format!("arc-topk {} {}", role.dir(), request.job);
@@ -265,12 +362,14 @@ fn write_all(files: &[File], force: bool) -> Result<(), TransportError> {
     })
 }
 
+/// By a file beside it that takes its name, so that a process that reads meanwhile sees the old content or the new one.
 fn write(file: &File) -> io::Result<()> {
     if let Some(parent) = file.path.parent() {
         fs::create_dir_all(parent)?;
     }
+    let beside = file.path.with_extension("pem.new");
     // A file made anew gets its mode before its content; one left over might be open to others.
-    match fs::remove_file(&file.path) {
+    match fs::remove_file(&beside) {
         Err(e) if e.kind() != io::ErrorKind::NotFound => return Err(e),
         _ => {}
     }
@@ -281,5 +380,8 @@ fn write(file: &File) -> io::Result<()> {
         use std::os::unix::fs::OpenOptionsExt;
         options.mode(if file.secret { 0o600 } else { 0o644 });
     }
-    options.open(&file.path)?.write_all(file.text.as_bytes())
+    let mut made = options.open(&beside)?;
+    made.write_all(file.text.as_bytes())?;
+    made.sync_all()?;
+    fs::rename(&beside, &file.path)
 }

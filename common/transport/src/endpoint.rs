@@ -17,22 +17,62 @@ pub const LEAVE_CODE: u32 = 0x1ea5e;
 /// Code with which a worker closes a connection that it replaces by another one: it has not ended and will be back.
 pub const REDIAL_CODE: u32 = 0x2ed1a;
 
-/// Listens on `address` for peers with a worker certificate of the identity's CA. Port 0 takes a free one
-/// ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants more.
-/// Must be called inside a tokio runtime.
+/// A listening endpoint whose certificate can be replaced.
+#[derive(Debug)]
+pub struct Listener {
+    endpoint: Endpoint,
+    /// What it listens with. Kept whole, so that an address that is about to show that it exists (a retry) is still
+    /// believed after a replacement.
+    server: quinn::ServerConfig,
+}
+
+impl Listener {
+    /// Listens on `address` for peers with a worker certificate of one of the identity's authorities. Port 0 takes a free
+    /// one ([`Endpoint::local_addr`] tells which). A peer may open one stream, its control stream, until [`admit`] grants
+    /// more. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// The port is in use or not of this machine, or a setting is out of range.
+    pub fn bind(
+        address: SocketAddr,
+        identity: &Identity,
+        config: &TransportConfig,
+    ) -> Result<Self, TransportError> {
+        let mut server = quinn::ServerConfig::with_crypto(tls::server(identity)?);
+        server
+            .transport_config(config.server(address.ip().is_loopback())?)
+            .migration(false);
+        let endpoint = endpoint(address, Some(server.clone()), config)?;
+        Ok(Self { endpoint, server })
+    }
+
+    /// The endpoint, to accept from.
+    #[must_use]
+    pub fn endpoint(&self) -> &Endpoint {
+        &self.endpoint
+    }
+
+    /// Shows `identity` to connections that begin from now on and judges them by it. Those that are there go on.
+    ///
+    /// # Errors
+    /// TLS cannot use it; nothing changes then.
+    pub fn renew(&mut self, identity: &Identity) -> Result<(), TransportError> {
+        self.server.crypto = tls::server(identity)?;
+        self.endpoint.set_server_config(Some(self.server.clone()));
+        Ok(())
+    }
+}
+
+/// [`Listener::bind`] for an endpoint that keeps its certificate.
 ///
 /// # Errors
-/// The port is in use or not of this machine, or a setting is out of range.
+/// As [`Listener::bind`].
 pub fn server_endpoint(
     address: SocketAddr,
     identity: &Identity,
     config: &TransportConfig,
 ) -> Result<Endpoint, TransportError> {
-    let mut server = quinn::ServerConfig::with_crypto(tls::server(identity)?);
-    server
-        .transport_config(config.server(address.ip().is_loopback())?)
-        .migration(false);
-    endpoint(address, Some(server), config)
+    Listener::bind(address, identity, config).map(|listener| listener.endpoint)
 }
 
 /// Grants an accepted peer the window of `config` and `streams` open streams, the control stream among them.

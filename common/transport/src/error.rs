@@ -35,6 +35,21 @@ impl PeerFault {
         })
     }
 
+    /// From what rustls says of a certificate on this side.
+    pub(crate) fn from_rustls(error: &rustls::Error) -> Self {
+        use rustls::CertificateError as E;
+        let rustls::Error::InvalidCertificate(error) = error else {
+            return Self::Bad;
+        };
+        match error {
+            E::UnknownIssuer | E::BadSignature => Self::UnknownAuthority,
+            E::Expired | E::ExpiredContext { .. } => Self::Expired,
+            E::NotValidYet | E::NotValidYetContext { .. } => Self::Expired,
+            E::InvalidPurpose | E::InvalidPurposeContext { .. } => Self::WrongRole,
+            _ => Self::Bad,
+        }
+    }
+
     fn cause(self) -> &'static str {
         match self {
             Self::UnknownAuthority => "is not signed by this job's CA",
@@ -52,7 +67,7 @@ impl PeerFault {
                 "give both sides certificates from one run of `arc-ps certs` (the same ca.pem)"
             }
             Self::Expired => {
-                "check both clocks, or renew with `arc-ps certs --force` and restart the job"
+                "check both clocks, or renew with `arc-ps certs --renew` and copy the files to where the old ones are"
             }
             Self::Missing => "pass --certs DIR with ca.pem, cert.pem and key.pem",
             Self::WrongRole => "give shards the `shard` directory and workers the `worker` one",
@@ -101,7 +116,7 @@ pub enum TransportError {
     },
     /// This side's own certificate has expired.
     #[error(
-        "{path} expired on {not_after}; renew it with `arc-ps certs --force` and restart the job"
+        "{path} expired on {not_after}; renew it with `arc-ps certs --renew` and copy it to where the old one is"
     )]
     OwnExpired {
         /// Certificate file.
@@ -109,9 +124,31 @@ pub enum TransportError {
         /// End of its validity.
         not_after: String,
     },
+    /// No peer with the same authorities would accept this side's own certificate.
+    #[error("peers will refuse {cert}: with the authorities in {ca} it {} ({detail}); {}", .fault.cause(), .fault.remedy())]
+    OwnUseless {
+        /// Certificate file.
+        cert: PathBuf,
+        /// File of the authorities.
+        ca: PathBuf,
+        /// What is wrong.
+        fault: PeerFault,
+        /// What rustls says.
+        detail: String,
+    },
+    /// An authority cannot issue what is asked of it.
+    #[error(
+        "{path} cannot renew this job's certificates: {problem}; make a new authority with `arc-ps certs --out NEW` and let ca.pem hold both until all have certificates of the new one"
+    )]
+    Authority {
+        /// Certificate file of the authority.
+        path: PathBuf,
+        /// What is wrong.
+        problem: String,
+    },
     /// A file would be overwritten.
     #[error(
-        "{path} exists; use --force to replace the job's certificates (running peers need the new ones too), or another directory"
+        "{path} exists; use --renew for new certificates of the same authority, --force to replace the authority too (peers with the old ones can then no longer connect), or another directory"
     )]
     Exists {
         /// File.

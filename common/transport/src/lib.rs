@@ -3,7 +3,8 @@
 //! | module | room for |
 //! |---|---|
 //! | [`certs`] | making a job's CA and the certificates of its shards and workers |
-//! | [`identity`] | loading a peer's certificate, key and CA |
+//! | [`identity`] | loading a peer's certificate, key and authorities |
+//! | [`source`] | taking a new identity while the process runs |
 //! | [`config`] | windows, timeouts, buffers and path sizes of a session |
 //! | [`endpoint`] | UDP sockets, listening and connecting |
 //! | [`stream`] | control messages and round frames on QUIC streams |
@@ -20,16 +21,20 @@ pub mod config;
 pub mod endpoint;
 pub mod error;
 pub mod identity;
+pub mod source;
 pub mod stream;
 mod tls;
 
 pub use config::TransportConfig;
 pub use endpoint::{
-    ConnectionSummary, LEAVE_CODE, REDIAL_CODE, admit, client_endpoint, connect, connect_resolved,
-    resolve, server_endpoint, split_host, summary,
+    ConnectionSummary, LEAVE_CODE, Listener, REDIAL_CODE, admit, client_endpoint, connect,
+    connect_resolved, resolve, server_endpoint, split_host, summary,
 };
 pub use error::{PeerFault, TransportError, connection_error};
 pub use identity::Identity;
-pub use stream::{ControlReceiver, ControlSender, ControlStream, read_frame, write_frame};
+pub use source::{IdentitySource, Look};
+pub use stream::{
+    ControlReceiver, ControlSender, ControlStream, LongMessages, read_frame, write_frame,
+};
 
 pub use quinn::{Connection, Endpoint, RecvStream, SendStream, VarInt};

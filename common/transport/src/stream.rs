@@ -7,9 +7,12 @@ use arc_topk_common::wire::{
 use bytes::{BufMut, Bytes, BytesMut};
 use quinn::{Connection, ReadError, RecvStream, SendStream, WriteError};
 use tokio::io::AsyncReadExt;
+use tokio::sync::{Semaphore, SemaphorePermit};
 
 /// Memory that a claimed length alone obtains; more is taken as bytes arrive.
 const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
+/// Name for errors.
+const CONTROL: &str = "a control message";
 
 /// The control stream of a session.
 #[derive(Debug)]
@@ -127,27 +130,68 @@ impl ControlReceiver {
     /// # Errors
     /// A message above its limit or one that does not parse; the stream or connection has ended inside one.
     pub async fn recv(&mut self) -> Result<Option<Control>, TransportError> {
-        let mut length = [0; CONTROL_LENGTH_BYTES];
-        if !read_start(
-            &mut self.stream,
-            &mut length,
-            "a control message",
-            &self.peer,
-        )
-        .await?
-        {
-            return Ok(None);
+        match self.claim().await? {
+            Some(claimed) => self.body(claimed).await.map(Some),
+            None => Ok(None),
         }
+    }
+
+    /// [`ControlReceiver::recv`] from a peer that is not known yet: a long message waits until `budget` has room for it.
+    ///
+    /// # Errors
+    /// As [`ControlReceiver::recv`].
+    pub async fn recv_within(
+        &mut self,
+        budget: &LongMessages,
+    ) -> Result<Option<Control>, TransportError> {
+        let Some(claimed) = self.claim().await? else {
+            return Ok(None);
+        };
+        let _held_until_it_is_decoded = budget.room_for(claimed).await;
+        self.body(claimed).await.map(Some)
+    }
+
+    /// Length of the message that comes, if one does.
+    async fn claim(&mut self) -> Result<Option<usize>, TransportError> {
+        let mut length = [0; CONTROL_LENGTH_BYTES];
+        let comes = read_start(&mut self.stream, &mut length, CONTROL, &self.peer).await?;
         let claimed = u32::from_le_bytes(length) as usize;
-        let body = read_body(
-            &mut self.stream,
-            claimed,
-            MAX_CONTROL_BYTES,
-            "a control message",
-            &self.peer,
-        )
-        .await?;
-        Ok(Some(Control::decode(&body)?))
+        if claimed > MAX_CONTROL_BYTES {
+            return Err(TransportError::TooLong {
+                what: CONTROL,
+                claimed,
+                limit: MAX_CONTROL_BYTES,
+            });
+        }
+        Ok(comes.then_some(claimed))
+    }
+
+    async fn body(&mut self, claimed: usize) -> Result<Control, TransportError> {
+        let limit = MAX_CONTROL_BYTES;
+        let body = read_body(&mut self.stream, claimed, limit, CONTROL, &self.peer).await?;
+        Ok(Control::decode(&body)?)
+    }
+}
+
+/// What control messages longer than 64 KiB may take together while they come. Shorter ones are free: a Hello is longer only
+/// for models of more than a thousand tensors.
+#[derive(Debug)]
+pub struct LongMessages(Semaphore);
+
+impl LongMessages {
+    /// Room for so many bytes, and for at least the longest message.
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        Self(Semaphore::new(bytes.max(MAX_CONTROL_BYTES)))
+    }
+
+    async fn room_for(&self, claimed: usize) -> Option<SemaphorePermit<'_>> {
+        if claimed <= FIRST_ALLOCATION_BYTES {
+            return None;
+        }
+        let bytes = u32::try_from(claimed).unwrap_or(u32::MAX);
+        // It is never closed.
+        self.0.acquire_many(bytes).await.ok()
     }
 }
 

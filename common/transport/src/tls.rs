@@ -1,12 +1,16 @@
 //! TLS 1.3 with certificates on both sides.
 
+use crate::certs::Role;
 use crate::error::TransportError;
 use crate::identity::Identity;
 use arc_topk_common::wire::ALPN;
 use quinn::crypto::rustls::{QuicClientConfig, QuicServerConfig};
 use rustls::RootCertStore;
+use rustls::client::verify_server_cert_signed_by_trust_anchor;
 use rustls::crypto::CryptoProvider;
-use rustls::server::WebPkiClientVerifier;
+use rustls::server::danger::ClientCertVerifier;
+use rustls::server::{ParsedCertificate, WebPkiClientVerifier};
+use rustls_pki_types::UnixTime;
 use std::sync::Arc;
 
 fn provider() -> Arc<CryptoProvider> {
@@ -15,20 +19,54 @@ fn provider() -> Arc<CryptoProvider> {
 
 fn roots(identity: &Identity) -> Result<Arc<RootCertStore>, TransportError> {
     let mut roots = RootCertStore::empty();
-    roots
-        .add(identity.ca().clone())
-        .map_err(|e| identity.mismatch(&e))?;
+    for authority in identity.authorities() {
+        roots
+            .add(authority.clone())
+            .map_err(|e| identity.bad_authority(&e))?;
+    }
     Ok(Arc::new(roots))
 }
 
-pub(crate) fn server(identity: &Identity) -> Result<Arc<QuicServerConfig>, TransportError> {
-    let verifier = WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider())
+fn client_verifier(identity: &Identity) -> Result<Arc<dyn ClientCertVerifier>, TransportError> {
+    WebPkiClientVerifier::builder_with_provider(roots(identity)?, provider())
         .build()
-        .map_err(|e| identity.mismatch(&e))?;
+        .map_err(|e| identity.bad_authority(&e))
+}
+
+/// What a peer with the same authorities would say of the certificate, names aside.
+pub(crate) fn judge(
+    identity: &Identity,
+    role: Role,
+) -> Result<Result<(), rustls::Error>, TransportError> {
+    let [own, intermediates @ ..] = identity.chain() else {
+        return Ok(Err(rustls::Error::NoCertificatesPresented));
+    };
+    let now = UnixTime::now();
+    Ok(match role {
+        Role::Worker => client_verifier(identity)?
+            .verify_client_cert(own, intermediates, now)
+            .map(drop),
+        Role::Shard => {
+            let roots = roots(identity)?;
+            let algorithms = provider().signature_verification_algorithms.all;
+            ParsedCertificate::try_from(own).and_then(|own| {
+                verify_server_cert_signed_by_trust_anchor(
+                    &own,
+                    &roots,
+                    intermediates,
+                    now,
+                    algorithms,
+                )
+            })
+        }
+    })
+}
+
+pub(crate) fn server(identity: &Identity) -> Result<Arc<QuicServerConfig>, TransportError> {
     let mut tls = rustls::ServerConfig::builder_with_provider(provider())
         .with_protocol_versions(&[&rustls::version::TLS13])
         .expect("ring provides TLS 1.3")
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(client_verifier(identity)?)
         .with_single_cert(identity.chain().to_vec(), identity.key())
         .map_err(|e| identity.mismatch(&e))?;
     tls.alpn_protocols = vec![ALPN.to_vec()];

@@ -7,8 +7,8 @@ use arc_topk_common::wire::{
 };
 use arc_topk_transport::certs::{CertRequest, make_job_certs};
 use arc_topk_transport::{
-    Connection, ControlStream, Endpoint, Identity, RecvStream, SendStream, TransportConfig,
-    TransportError, connect, read_frame, server_endpoint, write_frame,
+    Connection, ControlStream, Endpoint, Identity, LongMessages, RecvStream, SendStream,
+    TransportConfig, TransportError, connect, read_frame, server_endpoint, write_frame,
 };
 use bytes::Bytes;
 
@@ -172,4 +172,49 @@ async fn a_lost_connection_is_no_end_of_stream() {
         reason: "too few workers".to_owned(),
     };
     assert_eq!(error, expected);
+}
+
+#[tokio::test]
+async fn long_messages_wait_for_room_and_short_ones_do_not() {
+    let pair = pair().await;
+    let long = u32::try_from(MAX_CONTROL_BYTES).unwrap().to_le_bytes();
+    let budget = LongMessages::new(0);
+    let mut receivers = Vec::new();
+    let mut kept = Vec::new();
+    for bytes in [&long[..], &long[..], &framed(&Control::Leave)] {
+        let (mut send, _) = pair.client.open_bi().await.unwrap();
+        send.write_all(bytes).await.unwrap();
+        kept.push(send);
+        let (answer, recv) = pair.server.accept_bi().await.unwrap();
+        receivers.push(ControlStream::from_halves(answer, recv, "peer").receiver);
+    }
+    let [first, second, third] = &mut receivers[..] else {
+        unreachable!("three were pushed");
+    };
+    let mut waiting = Box::pin(first.recv_within(&budget));
+    assert!(still_waits(waiting.as_mut()).await);
+    // It ends at once where there is room: its stream does.
+    kept[1].finish().unwrap();
+    let mut blocked = Box::pin(second.recv_within(&budget));
+    assert!(still_waits(blocked.as_mut()).await);
+    assert_eq!(third.recv_within(&budget).await, Ok(Some(Control::Leave)));
+    drop(waiting);
+    let error = blocked.await.unwrap_err();
+    assert!(
+        matches!(error, TransportError::Truncated { .. }),
+        "{error:?}"
+    );
+}
+
+fn framed(message: &Control) -> Vec<u8> {
+    let body = message.encode();
+    let length = u32::try_from(body.len()).unwrap();
+    [&length.to_le_bytes()[..], &body].concat()
+}
+
+/// Whether the future is not ready after both sides had time to talk.
+async fn still_waits(future: impl Future) -> bool {
+    tokio::time::timeout(std::time::Duration::from_millis(300), future)
+        .await
+        .is_err()
 }

@@ -2,10 +2,12 @@
 //!
 //! What may not stand still is the connection, not the stream: a worker's streams have priorities, so that a packet of one
 //! that was lost is sent again after all data of higher ones, and on a slow link that takes longer than any patience.
+//! A connection that trickles stands still: otherwise one byte now and then would hold a round open for ever.
 
 use arc_topk_common::wire::{FrameHeader, HEADER_BYTES, WireError};
 use arc_topk_transport::RecvStream;
 use bytes::{Bytes, BytesMut};
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
 use tokio::time::timeout;
 
@@ -14,18 +16,32 @@ const FIRST_ALLOCATION_BYTES: usize = 64 << 10;
 /// Pieces taken from the stream at once.
 const PIECES: usize = 32;
 
+/// A connection that moves fewer bytes than this in the time of one patience counts as standing still. With the default of
+/// 10 s that is 13 kbit/s, a hundredth of the slowest link that can train anything.
+pub(super) const LEAST_BYTES: u64 = 16 << 10;
+
 /// How long a connection may bring nothing while a frame is awaited.
-pub(super) struct Patience<P> {
-    /// Grows with everything that the connection's streams bring.
-    pub(super) progress: P,
+pub(super) struct Patience<'a> {
+    /// Bytes that were read from all round streams of the connection.
+    pub(super) received: &'a AtomicU64,
     /// Until a header; `None` waits as long as the connection lives.
     pub(super) header: Option<Duration>,
     /// Between pieces of a body.
     pub(super) body: Duration,
 }
 
-/// Waits for `future` until nothing has grown for as long as `patience`.
-async fn while_moving<T>(
+impl Patience<'_> {
+    fn received(&self) -> u64 {
+        self.received.load(Ordering::Relaxed)
+    }
+
+    fn read(&self, bytes: usize) {
+        self.received.fetch_add(bytes as u64, Ordering::Relaxed);
+    }
+}
+
+/// Waits for `future` until `progress` (bytes) has grown by less than [`LEAST_BYTES`] for as long as `patience`.
+pub(super) async fn while_moving<T>(
     patience: Duration,
     progress: &impl Fn() -> u64,
     seen: &mut u64,
@@ -36,9 +52,11 @@ async fn while_moving<T>(
         if let Ok(output) = timeout(patience, &mut future).await {
             return Some(output);
         }
-        if core::mem::replace(seen, progress()) == *seen {
+        let now = progress();
+        if now.saturating_sub(*seen) < LEAST_BYTES {
             return None;
         }
+        *seen = now;
     }
 }
 
@@ -59,6 +77,10 @@ pub(super) enum FrameFault {
         expected: usize,
     },
     #[error(
+        "an answer was not taken for {:.1} s: a worker reads the answers to its frames; it is stuck, or its link is gone", .0.as_secs_f64()
+    )]
+    NotTaken(Duration),
+    #[error(
         "a frame announces {claimed} bytes, above the limit of {limit} under this plan: nothing of it was read; run the same release with the same plan everywhere"
     )]
     TooLong { claimed: usize, limit: usize },
@@ -72,20 +94,21 @@ pub(super) enum FrameFault {
 pub(super) async fn read(
     stream: &mut RecvStream,
     limit: usize,
-    patience: Patience<impl Fn() -> u64>,
+    patience: Patience<'_>,
 ) -> Result<(FrameHeader, Bytes), FrameFault> {
     let mut bytes = [0; HEADER_BYTES];
     let reading = stream.read_exact(&mut bytes);
     let read = match patience.header {
         Some(header) => {
-            let mut seen = (patience.progress)();
-            while_moving(header, &patience.progress, &mut seen, reading)
+            let mut seen = patience.received();
+            while_moving(header, &|| patience.received(), &mut seen, reading)
                 .await
                 .ok_or(FrameFault::NoHeader(header))?
         }
         None => reading.await,
     };
     read.map_err(|error| FrameFault::Gone(error.to_string()))?;
+    patience.read(HEADER_BYTES);
     let header = FrameHeader::decode(&bytes)?;
     let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
     Ok((header, body))
@@ -95,7 +118,7 @@ async fn read_body(
     stream: &mut RecvStream,
     expected: usize,
     limit: usize,
-    patience: &Patience<impl Fn() -> u64>,
+    patience: &Patience<'_>,
 ) -> Result<Bytes, FrameFault> {
     if expected > limit {
         return Err(FrameFault::TooLong {
@@ -104,36 +127,50 @@ async fn read_body(
         });
     }
     let mut body = BytesMut::with_capacity(expected.min(FIRST_ALLOCATION_BYTES));
+    let mut seen = patience.received();
+    // One patience for the whole body: with one for every piece, a piece now and then would be enough.
+    let reading = read_pieces(stream, &mut body, expected, patience);
+    match while_moving(patience.body, &|| patience.received(), &mut seen, reading).await {
+        Some(read) => read?,
+        None => {
+            return Err(FrameFault::Stuck {
+                waited: patience.body,
+                got: body.len(),
+                expected,
+            });
+        }
+    }
+    Ok(body.freeze())
+}
+
+/// Fills `body` up to what is expected.
+async fn read_pieces(
+    stream: &mut RecvStream,
+    body: &mut BytesMut,
+    expected: usize,
+    patience: &Patience<'_>,
+) -> Result<(), FrameFault> {
     let mut pieces: [Bytes; PIECES] = core::array::from_fn(|_| Bytes::new());
-    // Looked at once a frame and not at every piece, each of which would have to ask the connection.
-    let mut seen = (patience.progress)();
     while body.len() < expected {
         let got = body.len();
-        let stuck = FrameFault::Stuck {
-            waited: patience.body,
-            got,
-            expected,
-        };
-        let reading = stream.read_chunks(&mut pieces);
-        let read = while_moving(patience.body, &patience.progress, &mut seen, reading)
-            .await
-            .ok_or(stuck)?;
+        let read = stream.read_chunks(&mut pieces).await;
         let Some(count) = read.map_err(|error| FrameFault::Gone(error.to_string()))? else {
             return Err(FrameFault::Truncated { got, expected });
         };
         for piece in &mut pieces[..count] {
             let piece = core::mem::take(piece);
+            patience.read(piece.len());
             if body.len() + piece.len() > expected {
                 return Err(FrameFault::TooLong {
                     claimed: body.len() + piece.len(),
                     limit: expected,
                 });
             }
-            grow(&mut body, piece.len(), expected);
+            grow(body, piece.len(), expected);
             body.extend_from_slice(&piece);
         }
     }
-    Ok(body.freeze())
+    Ok(())
 }
 
 /// Doubles, but never past what the frame holds.
@@ -159,11 +196,22 @@ mod tests {
         // Grows at the first five looks.
         let progress = || {
             looks.set(looks.get() + 1);
-            looks.get().min(5)
+            LEAST_BYTES * looks.get().min(5)
         };
         let mut seen = 0;
         let waited = while_moving(SHORT, &progress, &mut seen, pending::<()>()).await;
         assert_eq!((waited, looks.get()), (None, 6));
+    }
+
+    #[tokio::test]
+    async fn a_trickle_is_no_movement() {
+        let looks = Cell::new(0);
+        let progress = || {
+            looks.set(looks.get() + 1);
+            looks.get() * (LEAST_BYTES - 1)
+        };
+        let waited = while_moving(SHORT, &progress, &mut 0, pending::<()>()).await;
+        assert_eq!((waited, looks.get()), (None, 1));
     }
 
     #[tokio::test]
@@ -175,7 +223,7 @@ mod tests {
             if looks.get() == 4 {
                 arrive.take().unwrap().send(7).unwrap();
             }
-            looks.get()
+            LEAST_BYTES * looks.get()
         };
         let waited = while_moving(SHORT, &progress, &mut 0, arrived).await;
         assert_eq!(waited, Some(Ok(7)));

@@ -11,14 +11,15 @@
 //! time and size that need a clock or a socket: no more connections than a small multiple of the world, those in their
 //! handshake counted; a Hello within [`Timeouts::hello`]; until the Welcome one stream and a window of
 //! [`HELLO_WINDOW_BYTES`](arc_topk_transport::config::HELLO_WINDOW_BYTES), afterwards as many streams as the plan has rounds;
-//! no body longer than the plan allows; a connection that keeps moving while a frame is awaited ([`Timeouts::header`],
-//! [`Timeouts::body`]).
+//! no body longer than the plan allows; a connection that keeps moving, and does not only trickle, while a frame is awaited
+//! or an answer is to be taken ([`Timeouts::header`], [`Timeouts::body`]).
 
 pub mod admin;
 mod control;
 mod frames;
 mod observe;
 mod owner;
+mod renewal;
 mod session;
 
 use crate::shard::{Event, SessionId, Shard, ShardConfig, Status};
@@ -27,7 +28,7 @@ use arc_topk_common::ids::{BucketId, Step};
 use arc_topk_common::metrics::ShardMetrics;
 use arc_topk_common::wire::FrameHeader;
 use arc_topk_transport::{
-    Endpoint, Identity, TransportConfig, TransportError, VarInt, server_endpoint,
+    Endpoint, IdentitySource, Listener, LongMessages, TransportConfig, TransportError, VarInt,
 };
 use bytes::Bytes;
 use control::SessionHandle;
@@ -36,10 +37,12 @@ use core::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, AtomicUsize, Ordering
 use core::time::Duration;
 use dashmap::DashMap;
 use owner::Command;
+use renewal::Renewal;
 use std::hash::{BuildHasher, RandomState};
 use std::sync::Arc;
 use std::time::Instant;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::sync::{Notify, mpsc, oneshot, watch};
+use tokio::task::JoinHandle;
 
 /// Events that may wait for the machine; senders wait beyond it, and QUIC's windows fill.
 const EVENTS_QUEUED: usize = 1024;
@@ -47,6 +50,8 @@ const EVENTS_QUEUED: usize = 1024;
 const TICK: Duration = Duration::from_secs(1);
 /// Least time between two ticks.
 const SHORTEST_TICK: Duration = Duration::from_millis(5);
+/// Memory for long Hellos that come at the same time, bytes. Without it every connection could fill the longest message.
+const HELLO_BYTES: usize = 64 << 20;
 /// What a shutdown waits for refusals to reach their workers.
 const GOODBYE: Duration = Duration::from_secs(2);
 
@@ -55,9 +60,9 @@ const GOODBYE: Duration = Duration::from_secs(2);
 pub struct Timeouts {
     /// From a handshake to the Hello.
     pub hello: Duration,
-    /// Without a byte on any stream of the connection, from a round stream's opening to its first header.
+    /// With less than 16 KiB on all round streams of the connection, from a round stream's opening to its first header.
     pub header: Duration,
-    /// Without a byte on any stream of the connection, between two pieces of a body.
+    /// With less than 16 KiB on all round streams of the connection, while a body comes or an answer waits to be taken.
     pub body: Duration,
 }
 
@@ -79,8 +84,9 @@ pub struct ServeOptions {
     pub listen: SocketAddr,
     /// HTTP address of the admin pages, if any.
     pub admin: Option<SocketAddr>,
-    /// Certificate of this shard.
-    pub identity: Identity,
+    /// Certificate of this shard. Files are looked at every few seconds: when they change, new connections see the new ones,
+    /// and sessions go on.
+    pub identity: IdentitySource,
     /// Settings of QUIC.
     pub transport: TransportConfig,
     /// What the machine is told; the incarnation is drawn at the start.
@@ -131,6 +137,7 @@ pub(crate) struct Hub {
     connections_limit: usize,
     /// When the machine wants to be told the time, on the clock that counts from `started`.
     deadline: watch::Sender<Option<Duration>>,
+    long_hellos: LongMessages,
     transport: TransportConfig,
     timeouts: Timeouts,
     chaos_delay: Duration,
@@ -192,6 +199,8 @@ pub struct Server {
     quic_address: SocketAddr,
     admin_address: Option<SocketAddr>,
     stop: watch::Sender<bool>,
+    renewal: JoinHandle<()>,
+    hurry: Arc<Notify>,
 }
 
 impl Server {
@@ -201,7 +210,9 @@ impl Server {
     /// An address that is in use or not of this machine, certificates that do not fit.
     pub async fn start(options: ServeOptions) -> Result<Self, ServeError> {
         let system = |what| move |source| ServeError::System { what, source };
-        let endpoint = server_endpoint(options.listen, &options.identity, &options.transport)?;
+        let identity = options.identity.current();
+        let bound = Listener::bind(options.listen, &identity, &options.transport)?;
+        let endpoint = bound.endpoint().clone();
         let quic_address = endpoint
             .local_addr()
             .map_err(system("the address of its UDP socket"))?;
@@ -231,6 +242,7 @@ impl Server {
             connections: AtomicUsize::new(0),
             connections_limit: 2 * usize::from(most) + 64,
             deadline: watch::Sender::new(None),
+            long_hellos: LongMessages::new(HELLO_BYTES),
             transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
@@ -250,13 +262,23 @@ impl Server {
             tokio::spawn(served);
         }
         tokio::spawn(session::accept(hub.clone(), endpoint.clone()));
-        tokio::spawn(tick(hub.clone(), stopped));
+        tokio::spawn(tick(hub.clone(), stopped.clone()));
+        let hurry = Arc::new(Notify::new());
+        let renewal = Renewal {
+            hub: hub.clone(),
+            listener: bound,
+            source: options.identity,
+            hurry: hurry.clone(),
+        };
+        let renewal = tokio::spawn(renewal.run(identity, stopped));
         Ok(Self {
             hub,
             endpoint,
             quic_address,
             admin_address,
             stop,
+            renewal,
+            hurry,
         })
     }
 
@@ -283,10 +305,17 @@ impl Server {
         self.hub.metrics.text()
     }
 
+    /// Looks at the certificate files now instead of within a few seconds, and takes them if they were changed.
+    pub fn renew_identity(&self) {
+        self.hurry.notify_one();
+    }
+
     /// Tells the workers, closes, and ends within a few seconds.
     pub async fn shutdown(self, reason: &str) {
         self.hub.closing.store(true, Ordering::Relaxed);
-        // No new sessions from here on.
+        // No new sessions from here on, nor by a certificate that comes just now.
+        self.renewal.abort();
+        let _ended = self.renewal.await;
         self.endpoint.set_server_config(None);
         self.hub
             .event(Event::Shutdown {

@@ -12,7 +12,7 @@ use arc_topk_transport::{
     TransportError, connection_error, write_frame,
 };
 use bytes::Bytes;
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
 use std::collections::hash_map::RandomState;
 use std::hash::BuildHasher;
@@ -81,7 +81,7 @@ async fn greeting(
     let patience = hub.timeouts.hello;
     let first = timeout(patience, async {
         let mut control = ControlStream::accept(connection, peer).await?;
-        let hello = control.receiver.recv().await;
+        let hello = control.receiver.recv_within(&hub.long_hellos).await;
         Ok::<_, TransportError>((control, hello))
     });
     let (control, detail) = match first.await {
@@ -129,12 +129,18 @@ async fn serve(hub: Arc<Hub>, connection: Connection, peer: &str) {
     }
     let reader = control::read(hub.clone(), id, control.receiver, connection.clone());
     tasks.spawn(reader);
+    let received = Arc::new(AtomicU64::new(0));
     let error = loop {
         match connection.accept_bi().await {
             Ok((send, recv)) => {
                 while tasks.try_join_next().is_some() {}
-                let connection = connection.clone();
-                tasks.spawn(round_stream(hub.clone(), id, connection, send, recv));
+                let session = RoundSession {
+                    hub: hub.clone(),
+                    id,
+                    connection: connection.clone(),
+                    received: received.clone(),
+                };
+                tasks.spawn(round_stream(session, send, recv));
             }
             Err(error) => break connection_error(peer, &error),
         }
@@ -181,29 +187,34 @@ impl Drop for Registration<'_> {
     }
 }
 
-/// One round, phase by phase.
-async fn round_stream(
+/// What the rounds of a session share.
+struct RoundSession {
     hub: Arc<Hub>,
     id: SessionId,
     connection: Connection,
-    mut send: SendStream,
-    mut recv: RecvStream,
-) {
+    /// Bytes read from its round streams.
+    received: Arc<AtomicU64>,
+}
+
+/// One round, phase by phase.
+async fn round_stream(session: RoundSession, mut send: SendStream, mut recv: RecvStream) {
+    let RoundSession { hub, id, .. } = &session;
+    let id = *id;
     let mut registration: Option<Registration<'_>> = None;
     let (answer, mut answers) = mpsc::unbounded_channel();
     loop {
         let limit = hub.body_limit.load(Ordering::Relaxed);
         let header = registration.is_none().then_some(hub.timeouts.header);
         let patience = frames::Patience {
-            progress: || connection.stats().frame_rx.stream,
+            received: &session.received,
             header,
             body: hub.timeouts.body,
         };
         let (header, body) = match frames::read(&mut recv, limit, patience).await {
             Ok(frame) => frame,
-            Err(fault) => return faulty(&hub, id, &fault).await,
+            Err(fault) => return faulty(hub, id, &fault).await,
         };
-        observe::header(&hub, Flow::Up);
+        observe::header(hub, Flow::Up);
         wait_at_random(hub.chaos_delay).await;
         if header.flags.held {
             return held(&hub, id, send, registration.is_none(), (header, body)).await;
@@ -212,7 +223,7 @@ async fn round_stream(
         match &registration {
             None => {
                 hub.streams.insert(key, answer.clone());
-                registration = Some(Registration { hub: &hub, key });
+                registration = Some(Registration { hub, key });
             }
             Some(registration) if registration.key != key => {
                 let detail = "a stream carries one round, but frames of two came on it; run the same release everywhere";
@@ -229,10 +240,13 @@ async fn round_stream(
         let Some((header, body)) = answers.recv().await else {
             return;
         };
-        if let Err(error) = write_frame(&mut send, &header, body, "the worker").await {
-            return tracing::debug!(session = id.0, %error, "an answer was not taken");
+        match answer_with(&session, &mut send, &header, body).await {
+            None => return faulty(hub, id, &FrameFault::NotTaken(hub.timeouts.body)).await,
+            Some(Err(error)) => {
+                return tracing::debug!(session = id.0, %error, "an answer was not taken");
+            }
+            Some(Ok(())) => observe::header(hub, Flow::Down),
         }
-        observe::header(&hub, Flow::Down);
         if !header.kind.goes_on() || header.flags.non_finite {
             // Already finished means that the peer stopped it.
             let _stopped = send.finish();
@@ -262,6 +276,19 @@ async fn held(
         body,
     })
     .await;
+}
+
+/// `None` if the peer grants no room for the answer, while nothing else goes to it either: it would keep its places, and a
+/// member that reads nothing would hold up the others' rounds once it has no stream left.
+async fn answer_with(
+    session: &RoundSession,
+    send: &mut SendStream,
+    header: &FrameHeader,
+    body: Bytes,
+) -> Option<Result<(), TransportError>> {
+    let sent = || session.connection.stats().udp_tx.bytes;
+    let writing = write_frame(send, header, body, "the worker");
+    frames::while_moving(session.hub.timeouts.body, &sent, &mut sent(), writing).await
 }
 
 /// Shuffles the order in which frames of different streams are handled.

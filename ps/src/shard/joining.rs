@@ -312,8 +312,12 @@ impl Shard {
             return;
         };
         if let Some(member) = job.members.get_mut(rank) {
+            let cut_off = member.waited == Waited::CutOff;
             member.waited = Waited::From(step);
             member.step = member.step.max(step.min(super::LAST_START_STEP));
+            if cut_off {
+                job.members.one_is_back(now);
+            }
         }
         self.advance_all(now, out);
     }

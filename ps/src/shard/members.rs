@@ -89,13 +89,18 @@ impl Member {
         }
     }
 
-    /// Whether rounds of `step` wait for it now.
-    fn is_live(&self, now: Duration, step: Step) -> bool {
+    /// Whether rounds of `step` wait for it now; `forgiving`: for one that is cut off, too.
+    fn is_live(&self, now: Duration, step: Step, forgiving: bool) -> bool {
         let there = match self.link {
             Link::Connected(_) => true,
             Link::Away { since, grace } => grace && now.saturating_sub(since) < RETURN_GRACE,
         };
-        there && matches!(self.waited, Waited::From(from) if from <= step)
+        let wanted = match self.waited {
+            Waited::From(from) => from <= step,
+            Waited::CutOff => forgiving,
+            Waited::Joining => false,
+        };
+        there && wanted
     }
 }
 
@@ -106,6 +111,8 @@ pub(super) struct Members {
     pub(super) next_rank: u16,
     /// All ranks by the newest list of shard 0.
     pub(super) listed: BTreeSet<Rank>,
+    /// Until then rounds wait for members that are cut off, too.
+    forgiving_until: Duration,
     table: BTreeMap<Rank, Member>,
     seats: BTreeMap<SessionId, Rank>,
 }
@@ -152,18 +159,31 @@ impl Members {
     /// Ranks for which rounds of `step` wait. Where rounds wait for nobody, those that are connected and do not say that
     /// they are cut off: a worker that joined while the last of the others died must not wait for them for ever.
     pub(super) fn live(&self, now: Duration, step: Step) -> BTreeSet<Rank> {
+        let forgiving = now < self.forgiving_until;
         let live: BTreeSet<Rank> = self
             .iter()
-            .filter(|(_, member)| member.is_live(now, step))
+            .filter(|(_, member)| member.is_live(now, step, forgiving))
             .map(|(rank, _)| rank)
             .collect();
-        if !live.is_empty() || self.iter().any(|(_, m)| m.is_live(now, Step(u64::MAX))) {
+        let later = Step(u64::MAX);
+        if !live.is_empty() || self.iter().any(|(_, m)| m.is_live(now, later, forgiving)) {
             return live;
         }
         self.iter()
             .filter(|(_, m)| m.session().is_some() && m.waited != Waited::CutOff)
             .map(|(rank, _)| rank)
             .collect()
+    }
+
+    /// A member can reach all shards again. When a shard comes back that all had lost, the others will say the same in a
+    /// moment: rounds must not close without them before that.
+    pub(super) fn one_is_back(&mut self, now: Duration) {
+        let others = self
+            .iter()
+            .any(|(_, member)| member.session().is_some() && member.waited == Waited::CutOff);
+        if others && self.forgiving_until + RETURN_GRACE <= now {
+            self.forgiving_until = now + RETURN_GRACE;
+        }
     }
 
     /// Takes a member in.
@@ -255,6 +275,7 @@ impl Members {
                 Link::Away { since, grace: true } => Some(since + RETURN_GRACE),
                 _ => None,
             })
+            .chain([self.forgiving_until])
             .filter(|end| *end > now)
             .min()
     }

@@ -68,6 +68,7 @@ fn state_of(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> TensorState {
 }
 
 /// Whether what a worker sends of this tensor must be kept when it is not counted, although [`state_of`] has no place for it.
+/// (ef21 and ef21m lose it: they average estimates, and that of a tensor that travels whole is the gradient of one step.)
 fn keeps_late(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> bool {
     !tensor.sparse
         && algorithm.compressor != Compressor::Dense

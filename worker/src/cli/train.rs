@@ -17,7 +17,8 @@ use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, T
 use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::metrics::WorkerMetrics;
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_transport::Identity;
+use arc_topk_transport::IdentitySource;
+use arc_topk_transport::certs::Role;
 use clap::Args;
 use std::sync::Arc;
 use std::time::Duration;
@@ -119,7 +120,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
 impl TrainCommand {
     fn net_config(&self) -> Result<NetConfig, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
-        let identity = Identity::load_files(&ca, &cert, &key)?;
+        let identity = IdentitySource::files(&ca, &cert, &key, Role::Worker)?;
         let mut message = |text: &str| tracing::warn!("{text}");
         let point = resume_point(&self.train, self.peers.rank, &mut message);
         let point = point.map_err(TrainError::from)?;

@@ -4,6 +4,7 @@ use super::{Member, Notice, Output};
 use crate::reducer::ReduceError;
 use arc_topk_common::ids::{Epoch, Rank, ShardId};
 use arc_topk_common::wire::{Control, Place, RefusalCode};
+use core::time::Duration;
 
 impl Member {
     /// Its place, with the newest membership that it knows of.
@@ -30,8 +31,19 @@ impl Member {
             .unwrap_or(self.place.rank)
     }
 
-    pub(super) fn control(&mut self, shard: ShardId, message: Control, out: &mut Vec<Output>) {
+    pub(super) fn control(
+        &mut self,
+        now: Duration,
+        shard: ShardId,
+        message: Control,
+        out: &mut Vec<Output>,
+    ) {
         match message {
+            // It will be back; what it knew is here.
+            Control::Refused {
+                code: RefusalCode::Shutdown,
+                detail,
+            } => self.link_down(now, shard, detail, out),
             Control::Refused { code, detail } => self.refused(shard, code, detail, out),
             // Links that are down have nothing else to say, and shard 0 alone coordinates.
             _ if !self.is_up(shard) || shard != ShardId(0) => {}

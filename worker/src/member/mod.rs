@@ -14,7 +14,8 @@
 //! | down | frames, control messages to it | down | nothing: what still matters is made again at `LinkUp` |
 //! | all up | (after Away) | all up | Ready to every shard that does not wait for this worker |
 //! | one down for `away_after` | tick | same | Away to all shards that wait for this worker |
-//! | any | Refused, a frame that breaks the protocol, a membership without this worker | failed | Fail, and nothing ever after |
+//! | up | Refused (the shard shuts down) | down | Dial: the job goes on once the shard is back |
+//! | any | Refused (any other reason), a frame that breaks the protocol, a membership without this worker | failed | Fail, and nothing ever after |
 //!
 //! A link that was never up starts no Away timer: a job that starts is not in a hurry.
 //!
@@ -23,7 +24,8 @@
 //! - Frames and control messages of a connection come between its `LinkUp` and its `LinkDown`, never later: an answer of an
 //!   earlier incarnation that is heard after the retelling would be missing in it.
 //! - [`Output::Dial`] means: try until `LinkUp`, asking [`Member::intent`] anew for each attempt.
-//! - A refusal is handed over as [`Control::Refused`], also when it answers a Hello.
+//! - A refusal is handed over as [`Control::Refused`], also when it answers a Hello. If no Fail follows (the shard shuts
+//!   down), the dialling goes on.
 //! - Frames flagged `held` go on streams of their own, without an answer. All others go on the stream of their
 //!   (step, bucket) with this shard on the *present* connection; it is opened where there is none.
 //! - [`Member::tick`] at [`Member::next_deadline`] at the latest.
@@ -245,7 +247,7 @@ impl Member {
         match input {
             Input::LinkUp { shard, welcome } => self.link_up(now, shard, welcome, out),
             Input::LinkDown { shard, reason } => self.link_down(now, shard, reason, out),
-            Input::Control { shard, message } => self.control(shard, message, out),
+            Input::Control { shard, message } => self.control(now, shard, message, out),
             Input::Frame {
                 shard,
                 header,

@@ -24,6 +24,10 @@ impl Member {
     ///
     /// A worker that joined and has caught up tells the shards here that they may wait for it.
     pub fn begin(&mut self, out: &mut Vec<Output>) -> bool {
+        if self.failed {
+            self.machine.begin();
+            return false;
+        }
         let behind = self.machine.behind(self.waited);
         if let Some(job) = behind {
             let step = self.machine.step();
@@ -32,9 +36,7 @@ impl Member {
         } else {
             self.machine.begin();
             self.waited = true;
-            if !self.failed {
-                self.tell_readiness(out);
-            }
+            self.tell_readiness(out);
         }
         self.send_frames(out);
         behind.is_some()

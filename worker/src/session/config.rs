@@ -1,7 +1,7 @@
 //! How a worker joins a job, and what it is told meanwhile.
 
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
-use arc_topk_transport::{Identity, TransportConfig};
+use arc_topk_transport::{IdentitySource, TransportConfig};
 use std::fmt;
 use std::sync::Arc;
 use std::time::Duration;
@@ -65,8 +65,8 @@ pub type NetObserver = Arc<dyn Fn(&NetEvent) + Send + Sync>;
 pub struct NetConfig {
     /// `HOST:PORT` of every shard, in the same order on all workers. Certificates must name HOST.
     pub shards: Vec<String>,
-    /// Certificate, key and CA of this worker.
-    pub identity: Identity,
+    /// Certificate, key and CA of this worker; every connection that begins takes the newest.
+    pub identity: IdentitySource,
     /// Job name.
     pub job: String,
     /// Rank to ask for; `None` takes the lowest free one.
@@ -104,10 +104,10 @@ pub struct NetConfig {
 impl NetConfig {
     /// Joins `job` at `shards` with every other setting at its default.
     #[must_use]
-    pub fn new(job: &str, shards: &[String], identity: Identity) -> Self {
+    pub fn new(job: &str, shards: &[String], identity: impl Into<IdentitySource>) -> Self {
         Self {
             shards: shards.to_vec(),
-            identity,
+            identity: identity.into(),
             job: job.to_owned(),
             rank: None,
             world: None,

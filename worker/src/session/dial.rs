@@ -159,7 +159,7 @@ impl Dialer {
         let mut transport = self.config.transport.clone();
         transport.connect_timeout = patience.handshake;
         let endpoint = client_endpoint(target, &transport).map_err(failed)?;
-        let identity = &self.config.identity;
+        let identity = &self.config.identity.current();
         let connection = connect_resolved(&endpoint, target, name, identity, &transport)
             .await
             .map_err(failed)?;

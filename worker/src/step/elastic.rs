@@ -86,13 +86,18 @@ impl StepMachine {
     /// wait for (`waited` is false) to be ahead.
     #[must_use]
     pub fn behind(&self, waited: bool) -> Option<Step> {
-        let mut lowest = None;
+        // Whoever works on step n has every answer of step n − 1, from all shards: none works on a lower one.
         let shards = (0..self.plan.spec.shards).map(ShardId);
-        for shard in shards.filter(|shard| self.holds_rounds(*shard)) {
-            let at = match self.job[shard.index()] {
-                Some(step) if step <= self.step => return None,
-                None if waited => return None,
-                step => step.unwrap_or(self.step),
+        let shards = shards.filter(|shard| self.holds_rounds(*shard));
+        let heard: Vec<Option<Step>> = shards.map(|shard| self.job[shard.index()]).collect();
+        let newest = heard.iter().flatten().max();
+        let at_least = newest.map(|step| Step(step.0.saturating_sub(1)));
+        let mut lowest = None;
+        for heard in heard {
+            let at = match heard.max(at_least) {
+                Some(step) if step > self.step => step,
+                _ if heard.is_none() && !waited => self.step,
+                _ => return None,
             };
             lowest = Some(lowest.map_or(at, |lowest: Step| lowest.min(at)));
         }

@@ -79,7 +79,7 @@ impl Job {
         ServeOptions {
             listen,
             admin: None,
-            identity: Identity::load(&self.place("shard")).unwrap(),
+            identity: Identity::load(&self.place("shard")).unwrap().into(),
             transport: transport(),
             shard: ShardConfig {
                 shard: ShardId(shard),
