@@ -29,7 +29,7 @@ pub(super) struct Applicant {
     /// It can take its state from a snapshot.
     elastic: bool,
     /// Who was asked to help it, and when.
-    donor: Option<(Rank, Duration)>,
+    pub(super) donor: Option<(Rank, Duration)>,
 }
 
 impl Shard {

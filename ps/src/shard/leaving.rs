@@ -114,7 +114,11 @@ impl Shard {
             return;
         };
         job.rounds.abandon(now, out);
-        let applicants = core::mem::take(&mut job.applicants);
+        let mut applicants = core::mem::take(&mut job.applicants);
+        // Whoever was to donate is gone, too.
+        applicants
+            .iter_mut()
+            .for_each(|applicant| applicant.donor = None);
         let spec = job.plan.spec.clone();
         self.forget_job(out);
         if applicants.is_empty() {
