@@ -382,6 +382,7 @@ impl Member {
             waited: Waited::From(step),
             step,
             told: Told::Partly { got: 0, of: None },
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,
@@ -399,6 +400,7 @@ impl Member {
         } else {
             Waited::Joining
         };
+        self.early.clear();
         if self.told != Told::All {
             self.told = Told::Partly { got: 0, of: None };
         }
@@ -415,6 +417,7 @@ impl Applicant {
             waited,
             step,
             told: Told::All,
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,

@@ -95,6 +95,7 @@ impl Shard {
             *got = got.saturating_add(more);
             if of.is_some_and(|of| *got >= of) {
                 member.told = Told::All;
+                self.take_parked(now, rank, out);
                 self.end_recovery(now, out);
             }
         }
