@@ -192,7 +192,11 @@ impl Case {
         let (least, most) = random.pick(&[(5, 15), (20, 60), (50, 200)]);
         let compute = ms(least)..ms(most);
         let elastic = random.chance(700);
-        let quorum = if random.chance(150) { world.div_ceil(2) } else { 0 };
+        let quorum = if random.chance(150) {
+            world.div_ceil(2)
+        } else {
+            0
+        };
         let faults = faults(
             &mut Random::new(seed, "fault plan"),
             compute.end * steps as u32,
@@ -238,7 +242,12 @@ impl Case {
 fn algorithm(random: &mut Random, exact: bool) -> AlgorithmConfig {
     use Compressor::{Arc, Dense, Randk, Topk};
     let compressor = random.pick(&[Arc, Arc, Arc, Arc, Randk, Topk, Topk, Dense]);
-    let feedback = random.pick(&[Feedback::Ef14, Feedback::Ef14, Feedback::Ef14, Feedback::None]);
+    let feedback = random.pick(&[
+        Feedback::Ef14,
+        Feedback::Ef14,
+        Feedback::Ef14,
+        Feedback::None,
+    ]);
     let mut wire = |lossy: &[ValueType]| {
         if exact || random.chance(300) {
             ValueType::F32
@@ -246,7 +255,12 @@ fn algorithm(random: &mut Random, exact: bool) -> AlgorithmConfig {
             random.pick(lossy)
         }
     };
-    let any = [ValueType::Bf16, ValueType::F16, ValueType::Int8, ValueType::Int4];
+    let any = [
+        ValueType::Bf16,
+        ValueType::F16,
+        ValueType::Int8,
+        ValueType::Int4,
+    ];
     let (wire_up, wire_down, wire_sketch) = (wire(&any), wire(&any), wire(&any));
     let (wire_dense, wire_warmup) = (wire(&any[..3]), wire(&any[..3]));
     let pooled = compressor != Randk && random.chance(250);
@@ -277,7 +291,15 @@ fn algorithm(random: &mut Random, exact: bool) -> AlgorithmConfig {
 }
 
 /// Shapes that tensors may have.
-const SHAPES: [&[u64]; 7] = [&[16, 8], &[48, 8], &[24, 9], &[8, 4, 4], &[20], &[7], &[64, 4]];
+const SHAPES: [&[u64]; 7] = [
+    &[16, 8],
+    &[48, 8],
+    &[24, 9],
+    &[8, 4, 4],
+    &[20],
+    &[7],
+    &[64, 4],
+];
 
 fn tensors(random: &mut Random) -> Vec<TensorSpec> {
     let count = random.within(3..7);
@@ -314,7 +336,10 @@ fn faults(random: &mut Random, span: Duration, elastic: bool) -> Vec<Planned> {
         faults.push(Planned { when, fault });
         // Several at once.
         if random.chance(150) {
-            faults.push(Planned { when, fault: self::fault(random, elastic) });
+            faults.push(Planned {
+                when,
+                fault: self::fault(random, elastic),
+            });
         }
     }
     faults
@@ -341,7 +366,11 @@ fn fault(random: &mut Random, elastic: bool) -> Fault {
             shard: random.bits(),
             time: random.time(ms(50)..ms(2500)),
         },
-        7 => Fault::Freeze { of_shard, process, time },
+        7 => Fault::Freeze {
+            of_shard,
+            process,
+            time,
+        },
         8 => Fault::ClockJump {
             of_shard,
             process,

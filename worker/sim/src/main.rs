@@ -39,8 +39,13 @@ struct Arguments {
 }
 
 fn seed_range(text: &str) -> Result<(u64, u64), String> {
-    let (first, end) = text.split_once("..").ok_or("write FIRST..END, as in 0..1000")?;
-    let number = |text: &str| text.parse::<u64>().map_err(|error| format!("{text:?}: {error}"));
+    let (first, end) = text
+        .split_once("..")
+        .ok_or("write FIRST..END, as in 0..1000")?;
+    let number = |text: &str| {
+        text.parse::<u64>()
+            .map_err(|error| format!("{text:?}: {error}"))
+    };
     Ok((number(first)?, number(end)?))
 }
 
@@ -49,7 +54,11 @@ fn main() -> ExitCode {
     // Panics are findings: they are reported with their seed.
     std::panic::set_hook(Box::new(|_| {}));
     if let Some(seed) = arguments.seed {
-        let level = if arguments.trace { Level::Print } else { Level::Last };
+        let level = if arguments.trace {
+            Level::Print
+        } else {
+            Level::Last
+        };
         let outcome = on_own_pool(|| run(seed, arguments.sabotage, level));
         print!("{}", outcome.coverage);
         return report(&[outcome], &arguments);
@@ -59,7 +68,10 @@ fn main() -> ExitCode {
     print!("{coverage}");
     let seconds = start.elapsed().as_secs_f64();
     let seeds = coverage.of("seeds");
-    println!("{seeds} seeds in {seconds:.1} s, {:.0} a second", seeds as f64 / seconds);
+    println!(
+        "{seeds} seeds in {seconds:.1} s, {:.0} a second",
+        seeds as f64 / seconds
+    );
     report(&failed, &arguments)
 }
 
@@ -97,12 +109,17 @@ fn run_all(arguments: &Arguments) -> (Coverage, Vec<Outcome>) {
             scope.spawn(|| on_own_pool(work));
         }
     });
-    total.into_inner().expect("no thread panics while it adds up")
+    total
+        .into_inner()
+        .expect("no thread panics while it adds up")
 }
 
 /// Kernels are parallel; seeds are what is run side by side here.
 fn on_own_pool<T>(work: impl FnOnce() -> T) -> T {
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+    let pool = rayon::ThreadPoolBuilder::new()
+        .num_threads(1)
+        .use_current_thread()
+        .build();
     let result = work();
     drop(pool);
     result
@@ -110,10 +127,10 @@ fn on_own_pool<T>(work: impl FnOnce() -> T) -> T {
 
 fn line(outcome: &Outcome) -> String {
     let of = |what| outcome.coverage.of(what);
-    let verdict = outcome
-        .violation
-        .as_ref()
-        .map_or_else(|| "ok".to_owned(), |violation| format!("FAILED {}: {}", violation.invariant, violation.detail));
+    let verdict = outcome.violation.as_ref().map_or_else(
+        || "ok".to_owned(),
+        |violation| format!("FAILED {}: {}", violation.invariant, violation.detail),
+    );
     format!(
         "seed {}: {} events, {} s, {} steps applied, {} superseded, {verdict}",
         outcome.seed,
@@ -136,8 +153,17 @@ fn report(failed: &[Outcome], arguments: &Arguments) -> ExitCode {
     println!("  {}", violation.detail);
     let sabotage = arguments
         .sabotage
-        .map(|sabotage| format!(" --sabotage {}", clap::ValueEnum::to_possible_value(&sabotage).map_or_else(String::new, |v| v.get_name().to_owned())))
+        .map(|sabotage| {
+            format!(
+                " --sabotage {}",
+                clap::ValueEnum::to_possible_value(&sabotage)
+                    .map_or_else(String::new, |v| v.get_name().to_owned())
+            )
+        })
         .unwrap_or_default();
-    println!("see it again: cargo run -p arc-topk-sim -- --seed {}{sabotage} --trace", first.seed);
+    println!(
+        "see it again: cargo run -p arc-topk-sim -- --seed {}{sabotage} --trace",
+        first.seed
+    );
     ExitCode::FAILURE
 }

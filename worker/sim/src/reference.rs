@@ -2,8 +2,8 @@
 //!
 //! Bodies are decoded whole, added in the order given, divided, and encoded.
 
-use arc_topk_common::compress::select::{PooledSegment, score, select_pooled, select_top_k};
 use arc_topk_common::compress::ValueCodec;
+use arc_topk_common::compress::select::{PooledSegment, score, select_pooled, select_top_k};
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::wire::{Direction, FrameKind, RoundShape, append_selection};
 use bytes::Bytes;
@@ -22,7 +22,10 @@ pub struct Contribution {
 type Piece = (ValueCodec, usize);
 
 fn dense_pieces(shape: &RoundShape) -> impl Iterator<Item = Piece> + '_ {
-    shape.dense.iter().map(|s| (shape.codec_dense, s.elements()))
+    shape
+        .dense
+        .iter()
+        .map(|s| (shape.codec_dense, s.elements()))
 }
 
 fn value_pieces(shape: &RoundShape, kept: &[usize], codec: ValueCodec) -> Vec<Piece> {
@@ -85,7 +88,8 @@ pub fn answer(
     let mean_of = |pieces: &[Piece]| mean(bodies().map(|body| decode(pieces, body)));
     match up {
         FrameKind::Sketch => {
-            let sketch = |s: &arc_topk_common::wire::SegmentShape| (shape.codec_sketch, s.rows * shape.rank);
+            let sketch =
+                |s: &arc_topk_common::wire::SegmentShape| (shape.codec_sketch, s.rows * shape.rank);
             let mut pieces: Vec<Piece> = shape.sparse.iter().map(sketch).collect();
             pieces.extend(dense_pieces(shape));
             Some(selection(shape, policy, &mean_of(&pieces)?))
@@ -103,7 +107,10 @@ pub fn answer(
         }
         FrameKind::Sparse => union(shape, contributions),
         _ => {
-            let whole = shape.sparse.iter().map(|s| (shape.codec_dense, s.elements()));
+            let whole = shape
+                .sparse
+                .iter()
+                .map(|s| (shape.codec_dense, s.elements()));
             let mut pieces: Vec<Piece> = whole.collect();
             pieces.extend(dense_pieces(shape));
             Some(encode(&pieces, &mean_of(&pieces)?))
@@ -121,14 +128,22 @@ fn selection(shape: &RoundShape, policy: SelectionPolicy, mean: &[f32]) -> Vec<u
     }
     let each = || shape.sparse.iter().zip(&scores);
     let rows = match policy {
-        SelectionPolicy::PerTensor => each().map(|(s, scores)| select_top_k(scores, s.keep)).collect(),
+        SelectionPolicy::PerTensor => each()
+            .map(|(s, scores)| select_top_k(scores, s.keep))
+            .collect(),
         SelectionPolicy::Pooled => {
-            let segments = each().map(|(s, scores)| PooledSegment { scores, width: s.width });
+            let segments = each().map(|(s, scores)| PooledSegment {
+                scores,
+                width: s.width,
+            });
             select_pooled(&segments.collect::<Vec<_>>(), shape.budget_elements())
         }
     };
     let mut body = shape.encode_selections(&rows);
-    body.extend(encode(&dense_pieces(shape).collect::<Vec<_>>(), &mean[at..]));
+    body.extend(encode(
+        &dense_pieces(shape).collect::<Vec<_>>(),
+        &mean[at..],
+    ));
     body
 }
 
@@ -146,12 +161,21 @@ fn union(shape: &RoundShape, contributions: &[Contribution]) -> Option<Vec<u8>> 
                 &body[rows.layout.sparse[at].clone()],
             );
             for (row, values) in rows.rows[at].iter().zip(values.chunks_exact(segment.width)) {
-                let sum = sums[at].entry(*row).or_insert_with(|| vec![0.0; segment.width]);
+                let sum = sums[at]
+                    .entry(*row)
+                    .or_insert_with(|| vec![0.0; segment.width]);
                 sum.iter_mut().zip(values).for_each(|(sum, x)| *sum += x);
             }
         }
-        let tail = rows.layout.dense.first().map_or(body.len(), |range| range.start);
-        dense.push(decode(&dense_pieces(shape).collect::<Vec<_>>(), &body[tail..]));
+        let tail = rows
+            .layout
+            .dense
+            .first()
+            .map_or(body.len(), |range| range.start);
+        dense.push(decode(
+            &dense_pieces(shape).collect::<Vec<_>>(),
+            &body[tail..],
+        ));
     }
     let factor = 1.0 / contributions.len() as f32;
     let mut body = Vec::new();
@@ -164,6 +188,9 @@ fn union(shape: &RoundShape, contributions: &[Contribution]) -> Option<Vec<u8>> 
         append_selection(segment.rows, &rows, &mut body);
         shape.codec_down.encode(&values, &mut body);
     }
-    body.extend(encode(&dense_pieces(shape).collect::<Vec<_>>(), &mean(dense)?));
+    body.extend(encode(
+        &dense_pieces(shape).collect::<Vec<_>>(),
+        &mean(dense)?,
+    ));
     Some(body)
 }

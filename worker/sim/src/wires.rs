@@ -205,7 +205,13 @@ impl Connection {
     }
 
     /// A packet arrives; those that can be delivered now, in order.
-    pub fn reorder(&mut self, end: End, stream: Stream, number: u64, packet: Packet) -> Vec<Packet> {
+    pub fn reorder(
+        &mut self,
+        end: End,
+        stream: Stream,
+        number: u64,
+        packet: Packet,
+    ) -> Vec<Packet> {
         let order = self.order[end as usize].entry(stream).or_default();
         order.early.insert(number, packet);
         let mut ready = Vec::new();
@@ -269,9 +275,19 @@ mod tests {
         let first = connection.number(End::Shard, a);
         let second = connection.number(End::Shard, a);
         let other = connection.number(End::Shard, b);
-        assert!(connection.reorder(End::Shard, a, second, close("2")).is_empty());
-        assert_eq!(connection.reorder(End::Shard, b, other, close("x")).len(), 1);
-        assert_eq!(connection.reorder(End::Shard, a, first, close("1")).len(), 2);
+        assert!(
+            connection
+                .reorder(End::Shard, a, second, close("2"))
+                .is_empty()
+        );
+        assert_eq!(
+            connection.reorder(End::Shard, b, other, close("x")).len(),
+            1
+        );
+        assert_eq!(
+            connection.reorder(End::Shard, a, first, close("1")).len(),
+            2
+        );
     }
 
     #[test]
@@ -280,7 +296,9 @@ mod tests {
         for seconds in [0, 1, 77] {
             let now = Duration::from_secs(seconds);
             let there = clock.global(clock.local(now));
-            assert!(clock.local(there) >= clock.local(now) && there < now + Duration::from_micros(2));
+            assert!(
+                clock.local(there) >= clock.local(now) && there < now + Duration::from_micros(2)
+            );
         }
     }
 }

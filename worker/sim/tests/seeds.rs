@@ -31,7 +31,10 @@ fn first_failure(seeds: u64, sabotage: Option<Sabotage>) -> (Coverage, Option<Ou
     std::thread::scope(|scope| {
         for _ in 0..threads {
             scope.spawn(|| {
-                let pool = rayon::ThreadPoolBuilder::new().num_threads(1).use_current_thread().build();
+                let pool = rayon::ThreadPoolBuilder::new()
+                    .num_threads(1)
+                    .use_current_thread()
+                    .build();
                 loop {
                     let seed = next.fetch_add(1, Ordering::Relaxed);
                     if seed >= seeds {
@@ -83,7 +86,10 @@ fn no_seed_breaks_an_invariant() {
         "clogs",
     ];
     for what in seen {
-        assert!(coverage.of(what) > 0, "no seed has seen {what}:\n{coverage}");
+        assert!(
+            coverage.of(what) > 0,
+            "no seed has seen {what}:\n{coverage}"
+        );
     }
 }
 
@@ -104,10 +110,16 @@ fn every_bug_on_purpose_is_found() {
         match failure {
             Some(outcome) => {
                 let violation = outcome.violation.unwrap();
-                println!("{sabotage:?}: seed {}: {}", outcome.seed, violation.invariant);
+                println!(
+                    "{sabotage:?}: seed {}: {}",
+                    outcome.seed, violation.invariant
+                );
             }
             None => unfound.push(sabotage),
         }
     }
-    assert!(unfound.is_empty(), "not found in {MOST_FOR_A_BUG} seeds: {unfound:?}");
+    assert!(
+        unfound.is_empty(),
+        "not found in {MOST_FOR_A_BUG} seeds: {unfound:?}"
+    );
 }

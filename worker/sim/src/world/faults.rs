@@ -24,7 +24,12 @@ impl World<'_> {
     pub(super) fn answer_count_reached(&mut self) {
         let answers = self.answers;
         let case = self.case;
-        let due: Vec<usize> = self.waiting.iter().filter(|(at, _)| *at <= answers).map(|(_, n)| *n).collect();
+        let due: Vec<usize> = self
+            .waiting
+            .iter()
+            .filter(|(at, _)| *at <= answers)
+            .map(|(_, n)| *n)
+            .collect();
         self.waiting.retain(|(at, _)| *at > answers);
         for number in due {
             let When::AfterAnswers(_, delay) = case.faults[number].when else {
@@ -45,7 +50,9 @@ impl World<'_> {
     }
 
     fn live_worker(&self, number: u64) -> Option<usize> {
-        let alive: Vec<usize> = (0..self.workers.len()).filter(|at| self.workers[*at].alive).collect();
+        let alive: Vec<usize> = (0..self.workers.len())
+            .filter(|at| self.workers[*at].alive)
+            .collect();
         (!alive.is_empty()).then(|| alive[number as usize % alive.len()])
     }
 
@@ -68,12 +75,20 @@ impl World<'_> {
             Fault::WorkerKill { worker } => self.strike_worker(worker, false),
             Fault::WorkerLeave { worker } => self.strike_worker(worker, true),
             Fault::WorkerJoin => self.new_worker(),
-            Fault::Freeze { of_shard, process, time } => {
+            Fault::Freeze {
+                of_shard,
+                process,
+                time,
+            } => {
                 if let Some(place) = self.process(of_shard, process) {
                     self.freeze(place, time);
                 }
             }
-            Fault::ClockJump { of_shard, process, by } => match self.process(of_shard, process) {
+            Fault::ClockJump {
+                of_shard,
+                process,
+                by,
+            } => match self.process(of_shard, process) {
                 Some(Place::Shard(shard)) => {
                     self.shards[shard].clock.jump(by);
                     self.shards[shard].rearm();
@@ -86,8 +101,18 @@ impl World<'_> {
                 }
                 None => {}
             },
-            Fault::Partition { worker, shard, up, down, time } => self.partition(worker, shard, (up, down), time),
-            Fault::Clog { worker, shard, time } => {
+            Fault::Partition {
+                worker,
+                shard,
+                up,
+                down,
+                time,
+            } => self.partition(worker, shard, (up, down), time),
+            Fault::Clog {
+                worker,
+                shard,
+                time,
+            } => {
                 if let Some(worker) = self.live_worker(worker) {
                     let until = self.now + time;
                     let shard = shard as usize % self.shards.len();
@@ -117,7 +142,10 @@ impl World<'_> {
         self.note(format_args!("worker {worker} is killed"));
         self.kill_worker(worker);
         if self.randoms.faults.chance(600) {
-            let after = self.randoms.faults.time(Duration::from_millis(100)..Duration::from_secs(6));
+            let after = self
+                .randoms
+                .faults
+                .time(Duration::from_millis(100)..Duration::from_secs(6));
             self.schedule(after, Happening::NewWorker);
             self.coming += 1;
         }
@@ -144,7 +172,9 @@ impl World<'_> {
             }
             None => 0..self.shards.len(),
         };
-        self.note(format_args!("worker {worker} is cut off from shards {shards:?}, ways {ways:?}, for {time:?}"));
+        self.note(format_args!(
+            "worker {worker} is cut off from shards {shards:?}, ways {ways:?}, for {time:?}"
+        ));
         for shard in shards {
             let link = self.link(worker, shard);
             if ways.0 {
@@ -188,8 +218,13 @@ impl World<'_> {
         }
         *slot = None;
         let inbox = core::mem::take(inbox);
-        self.note(format_args!("{place:?} goes on with {} events", inbox.len()));
-        inbox.into_iter().try_for_each(|happening| self.happen(happening))
+        self.note(format_args!(
+            "{place:?} goes on with {} events",
+            inbox.len()
+        ));
+        inbox
+            .into_iter()
+            .try_for_each(|happening| self.happen(happening))
     }
 
     /// Looks at the job as a whole.
@@ -198,6 +233,11 @@ impl World<'_> {
         if self.pending == 0 && self.healed.is_none() && self.now > self.disturbed_until {
             self.healed = Some(self.now);
             self.note(format_args!("no more faults"));
+        }
+        // Some wait for more answers than there will ever be.
+        if self.now > self.moved.max(self.disturbed_until) + Duration::from_secs(30) {
+            self.pending -= self.waiting.len();
+            self.waiting.clear();
         }
         self.check_stall()?;
         if self.is_over() {
@@ -208,7 +248,10 @@ impl World<'_> {
             self.refill();
             let steps = self.case.compute.end * 20 * self.case.steps as u32;
             if self.now > healed + SETTLE + steps {
-                return broken("I4 the job ends", format!("not done {SETTLE:?} after the last fault: {}", self.state()));
+                return broken(
+                    "I4 the job ends",
+                    format!("not done {SETTLE:?} after the last fault: {}", self.state()),
+                );
             }
         }
         Ok(())
@@ -224,7 +267,9 @@ impl World<'_> {
         let full = training >= usize::from(self.case.max_workers);
         let done = alive().all(|worker| {
             if worker.is_training() {
-                worker.step().0 >= self.case.steps && worker.frozen_until.is_none() && !worker.leaving
+                worker.step().0 >= self.case.steps
+                    && worker.frozen_until.is_none()
+                    && !worker.leaving
             } else {
                 full
             }
@@ -235,7 +280,10 @@ impl World<'_> {
     /// A job that ended for want of workers gets some.
     fn refill(&mut self) {
         let alive = self.workers.iter().filter(|worker| worker.alive).count();
-        let training = self.workers.iter().any(super::workers::WorkerProcess::is_training);
+        let training = self
+            .workers
+            .iter()
+            .any(super::workers::WorkerProcess::is_training);
         if !training && alive < usize::from(self.case.world) {
             self.coverage.count("workers added at the end");
             self.new_worker();
@@ -246,17 +294,26 @@ impl World<'_> {
     fn check_stall(&mut self) -> Result<(), Violation> {
         let healthy = |world: &Self, at: usize| {
             let worker = &world.workers[at];
-            worker.is_training() && worker.frozen_until.is_none() && worker.links.iter().all(Option::is_some)
+            worker.is_training()
+                && worker.frozen_until.is_none()
+                && worker.links.iter().all(Option::is_some)
         };
-        let count = (0..self.workers.len()).filter(|at| healthy(self, *at)).count();
+        let count = (0..self.workers.len())
+            .filter(|at| healthy(self, *at))
+            .count();
         let busy = (0..self.workers.len())
             .any(|at| healthy(self, at) && self.workers[at].step().0 < self.case.steps);
-        let shards = self.shards.iter().all(|shard| shard.up && shard.frozen_until.is_none());
+        let shards = self
+            .shards
+            .iter()
+            .all(|shard| shard.up && shard.frozen_until.is_none());
         if !shards || !busy || count < usize::from(self.case.min_workers.max(1)) {
             self.calm_since = self.now;
             return Ok(());
         }
-        let slack = self.case.compute.end * 12 + self.case.network.jitter * 20 + Duration::from_millis(1500);
+        let slack = self.case.compute.end * 12
+            + self.case.network.jitter * 20
+            + Duration::from_millis(1500);
         let since = self.calm_since.max(self.moved).max(self.disturbed_until);
         if self.now > since + STALL + slack {
             let detail = format!(
@@ -271,7 +328,11 @@ impl World<'_> {
 
     /// Every worker's and shard's state in a line.
     fn state(&self) -> String {
-        let workers = self.workers.iter().enumerate().filter(|(_, worker)| worker.alive);
+        let workers = self
+            .workers
+            .iter()
+            .enumerate()
+            .filter(|(_, worker)| worker.alive);
         let workers = workers.map(|(at, worker)| {
             let links: Vec<bool> = worker.links.iter().map(Option::is_some).collect();
             format!(
@@ -281,23 +342,31 @@ impl World<'_> {
                 worker.step()
             )
         });
-        let shards = self.shards.iter().enumerate().map(|(at, shard)| {
-            format!("shard {at} up={} {:?}", shard.up, shard.load())
-        });
+        let shards = self
+            .shards
+            .iter()
+            .enumerate()
+            .map(|(at, shard)| format!("shard {at} up={} {:?}", shard.up, shard.load()));
         workers.chain(shards).collect::<Vec<_>>().join("; ")
     }
 
     /// All workers have the same parameters.
     fn check_end(&mut self) -> Result<(), Violation> {
         let done = self.workers.iter().filter(|worker| worker.is_training());
-        let lives: Vec<_> = done.map(|worker| (worker.life, worker.run(), worker.digest())).collect();
+        let lives: Vec<_> = done
+            .map(|worker| (worker.life, worker.run(), worker.digest()))
+            .collect();
         for (life, run, digest) in &lives {
             if !self.checker.is_live(*life) {
                 continue;
             }
             for (other, other_run, other_digest) in &lives {
                 if self.checker.is_live(*other) && run == other_run && digest != other_digest {
-                    let detail = format!("{} and {} end with different parameters", self.name(*life), self.name(*other));
+                    let detail = format!(
+                        "{} and {} end with different parameters",
+                        self.name(*life),
+                        self.name(*other)
+                    );
                     return broken("I1 equal parameters at the end", detail);
                 }
             }

@@ -25,7 +25,13 @@ impl World<'_> {
     }
 
     /// Sends towards `end`.
-    pub(super) fn send(&mut self, connection: ConnectionId, end: End, stream: Stream, packet: Packet) {
+    pub(super) fn send(
+        &mut self,
+        connection: ConnectionId,
+        end: End,
+        stream: Stream,
+        packet: Packet,
+    ) {
         let wire = &mut self.connections[connection.0];
         if !wire.is_open(end.peer()) {
             return;
@@ -123,11 +129,23 @@ impl World<'_> {
         } else {
             self.arrival(worker, shard, End::Shard, 1200)
         };
-        self.schedule_at(at, Happening::Knock { life, worker, shard });
+        self.schedule_at(
+            at,
+            Happening::Knock {
+                life,
+                worker,
+                shard,
+            },
+        );
     }
 
     /// The attempt reaches the shard, if there is one.
-    pub(super) fn knock(&mut self, life: LifeId, worker: usize, shard: usize) -> Result<(), Violation> {
+    pub(super) fn knock(
+        &mut self,
+        life: LifeId,
+        worker: usize,
+        shard: usize,
+    ) -> Result<(), Violation> {
         if !self.wants(life, worker, shard) {
             return Ok(());
         }
@@ -139,7 +157,14 @@ impl World<'_> {
                 .randoms
                 .network
                 .time(Duration::from_millis(100)..Duration::from_millis(500));
-            self.schedule(after, Happening::Dial { life, worker, shard });
+            self.schedule(
+                after,
+                Happening::Dial {
+                    life,
+                    worker,
+                    shard,
+                },
+            );
             return Ok(());
         }
         let generation = self.shards[shard].generation;

@@ -48,9 +48,17 @@ pub(crate) enum Happening {
         packet: Packet,
     },
     /// A worker tries to reach a shard.
-    Dial { life: LifeId, worker: usize, shard: usize },
+    Dial {
+        life: LifeId,
+        worker: usize,
+        shard: usize,
+    },
     /// Its attempt reaches the shard, or is over.
-    Knock { life: LifeId, worker: usize, shard: usize },
+    Knock {
+        life: LifeId,
+        worker: usize,
+        shard: usize,
+    },
     /// A connection is looked at for silence.
     KeepAlive(ConnectionId),
     /// A machine's deadline.
@@ -60,7 +68,11 @@ pub(crate) enum Happening {
     /// The trainer goes on after its update.
     Begin { life: LifeId, worker: usize },
     /// A replica arrives in a shard's store.
-    Stored { life: LifeId, worker: usize, shard: usize },
+    Stored {
+        life: LifeId,
+        worker: usize,
+        shard: usize,
+    },
     /// A joiner's fetch ends.
     Fetched { life: LifeId, worker: usize },
     /// A process starts.
@@ -171,7 +183,7 @@ impl<'a> World<'a> {
             workers: Vec::new(),
             connections: Vec::new(),
             links: BTreeMap::new(),
-            checker: Checker::new(&case.plan),
+            checker: Checker::new(&case.plan, case.faults.is_empty() && case.quorum == 0),
             coverage: Coverage::default(),
             answers: 0,
             spoiled: spoil::Spoiled::new(),
@@ -196,7 +208,10 @@ impl<'a> World<'a> {
             self.shards.push(process);
         }
         for _ in 0..self.case.world {
-            let after = self.randoms.processes.time(Duration::ZERO..Duration::from_millis(500));
+            let after = self
+                .randoms
+                .processes
+                .time(Duration::ZERO..Duration::from_millis(500));
             self.schedule(after, Happening::NewWorker);
             self.coming += 1;
         }
@@ -248,7 +263,9 @@ impl<'a> World<'a> {
     /// Whose business it is: a frozen process looks at it later.
     fn place_of(&self, happening: &Happening) -> Option<Place> {
         match happening {
-            Happening::Arrive { connection, end, .. } => {
+            Happening::Arrive {
+                connection, end, ..
+            } => {
                 let connection = &self.connections[connection.0];
                 Some(match end {
                     End::Worker => Place::Worker(connection.worker),
@@ -281,17 +298,35 @@ impl<'a> World<'a> {
                 number,
                 packet,
             } => self.arrive(connection, end, stream, number, packet),
-            Happening::Dial { life, worker, shard } => {
+            Happening::Dial {
+                life,
+                worker,
+                shard,
+            } => {
                 self.dial(life, worker, shard);
                 Ok(())
             }
-            Happening::Knock { life, worker, shard } => self.knock(life, worker, shard),
+            Happening::Knock {
+                life,
+                worker,
+                shard,
+            } => self.knock(life, worker, shard),
             Happening::KeepAlive(connection) => self.keep_alive(connection),
-            Happening::Timer { place: Place::Shard(shard), token } => self.shard_timer(shard, token),
-            Happening::Timer { place: Place::Worker(worker), token } => self.worker_timer(worker, token),
+            Happening::Timer {
+                place: Place::Shard(shard),
+                token,
+            } => self.shard_timer(shard, token),
+            Happening::Timer {
+                place: Place::Worker(worker),
+                token,
+            } => self.worker_timer(worker, token),
             Happening::Fill { life, worker } => self.fill(life, worker),
             Happening::Begin { life, worker } => self.begin(life, worker),
-            Happening::Stored { life, worker, shard } => self.stored(life, worker, shard),
+            Happening::Stored {
+                life,
+                worker,
+                shard,
+            } => self.stored(life, worker, shard),
             Happening::Fetched { life, worker } => self.fetched(life, worker),
             Happening::Start(shard) => {
                 self.start_shard(shard);

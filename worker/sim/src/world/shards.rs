@@ -115,7 +115,9 @@ impl World<'_> {
         let session = SessionId(process.next_session);
         process.next_session += 1;
         let untold = None;
-        process.sessions.insert(session, Session { connection, untold });
+        process
+            .sessions
+            .insert(session, Session { connection, untold });
         process.by_connection.insert(connection, session);
     }
 
@@ -129,7 +131,11 @@ impl World<'_> {
         LifeId(self.connections[connection.0].life)
     }
 
-    pub(super) fn shard_receives(&mut self, connection: ConnectionId, packet: Packet) -> Result<(), Violation> {
+    pub(super) fn shard_receives(
+        &mut self,
+        connection: ConnectionId,
+        packet: Packet,
+    ) -> Result<(), Violation> {
         let Some((shard, session)) = self.session_of(connection) else {
             return Ok(());
         };
@@ -139,13 +145,25 @@ impl World<'_> {
                 if let Control::Retelling { frames } = message {
                     self.session(shard, session).untold = Some(frames);
                 }
-                self.note(format_args!("shard {shard} <- {} {}", self.name(life), short(&message)));
+                self.note(format_args!(
+                    "shard {shard} <- {} {}",
+                    self.name(life),
+                    short(&message)
+                ));
                 event_of(session, message)
             }
             Packet::Frame(header, body) => {
-                self.note(format_args!("shard {shard} <- {} {}", self.name(life), frame(&header)));
+                self.note(format_args!(
+                    "shard {shard} <- {} {}",
+                    self.name(life),
+                    frame(&header)
+                ));
                 self.shard_is_sent(shard, session, life, &header, &body);
-                Event::Round { session, header, body }
+                Event::Round {
+                    session,
+                    header,
+                    body,
+                }
             }
             Packet::Close { .. } => return Ok(()),
         };
@@ -160,7 +178,14 @@ impl World<'_> {
             .expect("a session lives until it is closed")
     }
 
-    fn shard_is_sent(&mut self, shard: usize, session: SessionId, life: LifeId, header: &FrameHeader, body: &Bytes) {
+    fn shard_is_sent(
+        &mut self,
+        shard: usize,
+        session: SessionId,
+        life: LifeId,
+        header: &FrameHeader,
+        body: &Bytes,
+    ) {
         if header.flags.held {
             self.checker.told(shard, life, header, body);
             let untold = &mut self.session(shard, session).untold;
@@ -184,14 +209,22 @@ impl World<'_> {
         self.checker.same_way(life)
     }
 
-    pub(super) fn shard_lost(&mut self, connection: ConnectionId, reason: &str, for_good: bool) -> Result<(), Violation> {
+    pub(super) fn shard_lost(
+        &mut self,
+        connection: ConnectionId,
+        reason: &str,
+        for_good: bool,
+    ) -> Result<(), Violation> {
         self.connections[connection.0].close(End::Shard);
         let Some((shard, session)) = self.session_of(connection) else {
             return Ok(());
         };
         self.forget_session(shard, session);
         let life = self.life_of(connection);
-        self.note(format_args!("shard {shard} loses {}: {reason}", self.name(life)));
+        self.note(format_args!(
+            "shard {shard} loses {}: {reason}",
+            self.name(life)
+        ));
         let reason = reason.to_owned();
         self.shard_handles(
             shard,
@@ -222,7 +255,8 @@ impl World<'_> {
         }
         process.idle_ticks += 1;
         if process.idle_ticks > MOST_IDLE_TICKS {
-            let detail = format!("shard {shard} asks for a tick again and again without doing anything");
+            let detail =
+                format!("shard {shard} asks for a tick again and again without doing anything");
             return broken("P busy", detail);
         }
         self.shard_handles(shard, Event::Tick)
@@ -242,7 +276,10 @@ impl World<'_> {
             return Ok(());
         };
         // A deadline that has passed already is looked at soon, not at once: a machine that asks again and again is found out.
-        let at = process.clock.global(deadline).max(now + Duration::from_micros(50));
+        let at = process
+            .clock
+            .global(deadline)
+            .max(now + Duration::from_micros(50));
         let place = Place::Shard(shard);
         self.schedule_at(at, Happening::Timer { place, token });
         Ok(())
@@ -292,28 +329,57 @@ impl World<'_> {
         }
     }
 
-    fn shard_says(&mut self, shard: usize, session: SessionId, message: Control) -> Result<(), Violation> {
+    fn shard_says(
+        &mut self,
+        shard: usize,
+        session: SessionId,
+        message: Control,
+    ) -> Result<(), Violation> {
         let message = decoded(&message)?;
         let Some(state) = self.shards[shard].sessions.get(&session) else {
             return Ok(());
         };
         let connection = state.connection;
         let life = self.life_of(connection);
-        self.note(format_args!("shard {shard} -> {} {}", self.name(life), short(&message)));
+        self.note(format_args!(
+            "shard {shard} -> {} {}",
+            self.name(life),
+            short(&message)
+        ));
         if let Control::Welcome(welcome) = &message {
             self.welcomed(shard, session, life, welcome)?;
         }
-        self.send(connection, End::Worker, Stream::Control, Packet::Control(message));
+        self.send(
+            connection,
+            End::Worker,
+            Stream::Control,
+            Packet::Control(message),
+        );
         Ok(())
     }
 
-    fn welcomed(&mut self, shard: usize, session: SessionId, life: LifeId, welcome: &Welcome) -> Result<(), Violation> {
+    fn welcomed(
+        &mut self,
+        shard: usize,
+        session: SessionId,
+        life: LifeId,
+        welcome: &Welcome,
+    ) -> Result<(), Violation> {
         if self.is_joining(life) {
             let place = &welcome.place;
-            self.note(format_args!("{} is rank {} of run {}", self.name(life), place.rank, place.run));
+            self.note(format_args!(
+                "{} is rank {} of run {}",
+                self.name(life),
+                place.rank,
+                place.run
+            ));
             let first = (!welcome.snapshot).then_some(welcome.step);
             self.checker.life_began(life, place.run, place.rank, first);
-            self.coverage.count(if welcome.snapshot { "joins of a running job" } else { "joins at a start" });
+            self.coverage.count(if welcome.snapshot {
+                "joins of a running job"
+            } else {
+                "joins at a start"
+            });
         }
         if welcome.retell {
             self.coverage.count("asked to retell");
@@ -324,7 +390,13 @@ impl World<'_> {
         self.checker.same_way(life)
     }
 
-    fn shard_answers(&mut self, shard: usize, session: SessionId, mut header: FrameHeader, body: Bytes) -> Result<(), Violation> {
+    fn shard_answers(
+        &mut self,
+        shard: usize,
+        session: SessionId,
+        mut header: FrameHeader,
+        body: Bytes,
+    ) -> Result<(), Violation> {
         self.answers += 1;
         self.answer_count_reached();
         let Some(state) = self.shards[shard].sessions.get(&session) else {
@@ -334,11 +406,18 @@ impl World<'_> {
         let life = self.life_of(connection);
         let encoded = header.encode();
         if FrameHeader::decode(&encoded) != Ok(header) || header.body_bytes as usize != body.len() {
-            return broken("wire", format!("shard {shard} sends a header that cannot be read: {header:?}"));
+            return broken(
+                "wire",
+                format!("shard {shard} sends a header that cannot be read: {header:?}"),
+            );
         }
         let mut body = body;
         self.spoil_answer(shard, life, &mut header, &mut body);
-        self.note(format_args!("shard {shard} -> {} {}", self.name(life), frame(&header)));
+        self.note(format_args!(
+            "shard {shard} -> {} {}",
+            self.name(life),
+            frame(&header)
+        ));
         match self.checker.answered(shard, life, &header, &body)? {
             Origin::Formed => self.coverage.count("answers formed"),
             Origin::Adopted => self.coverage.count("answers adopted"),
@@ -350,17 +429,29 @@ impl World<'_> {
         Ok(())
     }
 
-    fn shard_closes(&mut self, shard: usize, session: SessionId, code: RefusalCode, detail: &str) -> Result<(), Violation> {
+    fn shard_closes(
+        &mut self,
+        shard: usize,
+        session: SessionId,
+        code: RefusalCode,
+        detail: &str,
+    ) -> Result<(), Violation> {
         let Some(state) = self.shards[shard].sessions.get(&session) else {
             return Ok(());
         };
         let connection = state.connection;
         let life = self.life_of(connection);
-        self.note(format_args!("shard {shard} closes {}: {code:?}: {detail}", self.name(life)));
+        self.note(format_args!(
+            "shard {shard} closes {}: {code:?}: {detail}",
+            self.name(life)
+        ));
         self.forget_session(shard, session);
         self.close(connection, End::Shard, detail);
         let expected = match code {
-            RefusalCode::Superseded | RefusalCode::World | RefusalCode::TooFewWorkers | RefusalCode::Shutdown => true,
+            RefusalCode::Superseded
+            | RefusalCode::World
+            | RefusalCode::TooFewWorkers
+            | RefusalCode::Shutdown => true,
             _ => self.sabotage.is_some(),
         };
         self.coverage.count(match code {
@@ -374,7 +465,10 @@ impl World<'_> {
         }
         broken(
             "P a worker that keeps the rules is not refused",
-            format!("shard {shard} refuses {}: {code:?}: {detail}", self.name(life)),
+            format!(
+                "shard {shard} refuses {}: {code:?}: {detail}",
+                self.name(life)
+            ),
         )
     }
 
@@ -404,7 +498,10 @@ impl World<'_> {
         let buckets = self.case.plan.buckets.len();
         // A job's end takes a step's rounds with it; two steps are open at once.
         if load.open_rounds > 2 * buckets + buckets {
-            return broken("bounds", format!("shard {shard} has {} open rounds", load.open_rounds));
+            return broken(
+                "bounds",
+                format!("shard {shard} has {} open rounds", load.open_rounds),
+            );
         }
         Ok(())
     }
@@ -455,7 +552,11 @@ pub(super) fn frame(header: &FrameHeader) -> String {
         (header.flags.absent, " absent"),
         (header.flags.held, " held"),
     ];
-    let flags: String = flags.iter().filter(|(set, _)| *set).map(|(_, name)| *name).collect();
+    let flags: String = flags
+        .iter()
+        .filter(|(set, _)| *set)
+        .map(|(_, name)| *name)
+        .collect();
     format!(
         "{:?} step {} bucket {} update {} lead {} {} B{flags}",
         header.kind, header.step, header.bucket, header.update, header.lead, header.body_bytes

@@ -5,7 +5,9 @@ use crate::check::{AnswerKey, LifeId};
 use crate::random::mix;
 use crate::sabotage::Sabotage;
 use arc_topk_common::ids::{Epoch, Rank};
-use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Intent, decode_roster, encode_roster};
+use arc_topk_common::wire::{
+    Control, FrameHeader, FrameKind, Intent, decode_roster, encode_roster,
+};
 use arc_topk_ps::shard::{Event, RECOVERY_GRACE};
 use bytes::Bytes;
 use std::collections::BTreeSet;
@@ -17,7 +19,9 @@ impl World<'_> {
     /// Before a shard's machine gets an event; `None`: it never does.
     pub(super) fn spoil_event(&mut self, shard: usize, mut event: Event) -> Option<Event> {
         match (self.sabotage?, &mut event) {
-            (Sabotage::ForgetHeld, Event::Round { header, .. }) if header.flags.held => return None,
+            (Sabotage::ForgetHeld, Event::Round { header, .. }) if header.flags.held => {
+                return None;
+            }
             (Sabotage::ForgetHeld, Event::Control { message, .. }) => forget(message),
             (Sabotage::NoRetelling, Event::Hello { .. }) => {
                 self.shards[shard].clock.jump(RECOVERY_GRACE);
@@ -60,7 +64,10 @@ impl World<'_> {
             Sabotage::CountLate => header.flags.counted = true,
             Sabotage::TwoAnswers if rank.0 == 1 && header.step.0 == 5 => {
                 let mut other = body.to_vec();
-                if let Some(byte) = other.first_mut().filter(|_| header.kind == FrameKind::DenseMean) {
+                if let Some(byte) = other
+                    .first_mut()
+                    .filter(|_| header.kind == FrameKind::DenseMean)
+                {
                     *byte ^= 1;
                 }
                 *body = other.into();
@@ -71,18 +78,28 @@ impl World<'_> {
                 let payload = payload.to_vec();
                 replace(header, body, payload, &encode_roster(&kept));
             }
-            Sabotage::AddTwice | Sabotage::CountAgain | Sabotage::DivideByMembers | Sabotage::ArrivalOrder => {
+            Sabotage::AddTwice
+            | Sabotage::CountAgain
+            | Sabotage::DivideByMembers
+            | Sabotage::ArrivalOrder => {
                 if header.kind == FrameKind::Selection {
                     return;
                 }
                 let roster = roster.to_vec();
                 let key: AnswerKey = (header.step, header.bucket, header.kind.into());
                 let generation = self.shards[shard].generation;
-                let members = self.workers.iter().filter(|worker| worker.is_training()).count();
+                let members = self
+                    .workers
+                    .iter()
+                    .filter(|worker| worker.is_training())
+                    .count();
                 let checker = &self.checker;
-                let spoiled = self.spoiled.entry((shard, generation, key)).or_insert_with(|| {
-                    checker.spoiled(sabotage, shard, life, header, &ranks, members)
-                });
+                let spoiled = self
+                    .spoiled
+                    .entry((shard, generation, key))
+                    .or_insert_with(|| {
+                        checker.spoiled(sabotage, shard, life, header, &ranks, members)
+                    });
                 if let Some(payload) = spoiled.clone() {
                     replace(header, body, payload, &roster);
                 }

@@ -8,9 +8,7 @@ use crate::wires::{Clock, ConnectionId, End, Packet, Stream};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Rank, RunId, ShardId, Step, TensorId};
-use arc_topk_common::wire::{
-    Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Welcome,
-};
+use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Welcome};
 use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::member::{Input, Member, MemberConfig, Output};
 use arc_topk_worker::reducer::ReduceError;
@@ -150,12 +148,22 @@ impl World<'_> {
         process.upload = None;
         process.armed = None;
         self.note(format_args!("worker {worker} joins as life {}", life.0));
-        self.schedule(after, Happening::Dial { life, worker, shard: 0 });
+        self.schedule(
+            after,
+            Happening::Dial {
+                life,
+                worker,
+                shard: 0,
+            },
+        );
     }
 
     /// The life ends: connections close in order, and the worker joins again.
     fn rejoin(&mut self, worker: usize, reason: &str, after: Duration) {
-        self.note(format_args!("{} ends: {reason}", self.name(self.workers[worker].life)));
+        self.note(format_args!(
+            "{} ends: {reason}",
+            self.name(self.workers[worker].life)
+        ));
         self.hang_up(worker, reason);
         self.checker.life_ended(self.workers[worker].life);
         self.disturbed();
@@ -192,7 +200,10 @@ impl World<'_> {
     /// A life for people.
     pub(super) fn name(&self, life: LifeId) -> String {
         let rank = self.checker.rank(life);
-        rank.map_or_else(|| format!("life {}", life.0), |rank| format!("rank {rank} (life {})", life.0))
+        rank.map_or_else(
+            || format!("life {}", life.0),
+            |rank| format!("rank {rank} (life {})", life.0),
+        )
     }
 
     pub(super) fn rank_of(&self, life: LifeId) -> Option<Rank> {
@@ -213,7 +224,12 @@ impl World<'_> {
             && (process.member.is_some() || shard == 0)
     }
 
-    pub(super) fn worker_connected(&mut self, worker: usize, shard: usize, connection: ConnectionId) -> Result<(), Violation> {
+    pub(super) fn worker_connected(
+        &mut self,
+        worker: usize,
+        shard: usize,
+        connection: ConnectionId,
+    ) -> Result<(), Violation> {
         let case = self.case;
         let process = &mut self.workers[worker];
         process.links[shard] = Some(connection);
@@ -239,21 +255,39 @@ impl World<'_> {
         self.worker_says(worker, shard, Control::Hello(Box::new(hello)))
     }
 
-    fn worker_says(&mut self, worker: usize, shard: usize, message: Control) -> Result<(), Violation> {
+    fn worker_says(
+        &mut self,
+        worker: usize,
+        shard: usize,
+        message: Control,
+    ) -> Result<(), Violation> {
         let mut message = decoded(&message)?;
         let life = self.workers[worker].life;
-        self.note(format_args!("{} -> shard {shard} {}", self.name(life), short(&message)));
+        self.note(format_args!(
+            "{} -> shard {shard} {}",
+            self.name(life),
+            short(&message)
+        ));
         let Some(connection) = self.workers[worker].links[shard] else {
             return Ok(());
         };
         if self.spoils_saying(shard, &mut message) {
             return Ok(());
         }
-        self.send(connection, End::Shard, Stream::Control, Packet::Control(message));
+        self.send(
+            connection,
+            End::Shard,
+            Stream::Control,
+            Packet::Control(message),
+        );
         Ok(())
     }
 
-    pub(super) fn worker_receives(&mut self, connection: ConnectionId, packet: Packet) -> Result<(), Violation> {
+    pub(super) fn worker_receives(
+        &mut self,
+        connection: ConnectionId,
+        packet: Packet,
+    ) -> Result<(), Violation> {
         let (worker, at) = {
             let wire = &self.connections[connection.0];
             (wire.worker, wire.shard)
@@ -262,7 +296,11 @@ impl World<'_> {
         let life = self.workers[worker].life;
         match packet {
             Packet::Control(message) => {
-                self.note(format_args!("{} <- shard {shard} {}", self.name(life), short(&message)));
+                self.note(format_args!(
+                    "{} <- shard {shard} {}",
+                    self.name(life),
+                    short(&message)
+                ));
                 if self.workers[worker].member.is_none() {
                     return self.joiner_hears(worker, message);
                 }
@@ -275,16 +313,33 @@ impl World<'_> {
                 }
             }
             Packet::Frame(mut header, mut body) => {
-                self.note(format_args!("{} <- shard {shard} {}", self.name(life), frame(&header)));
+                self.note(format_args!(
+                    "{} <- shard {shard} {}",
+                    self.name(life),
+                    frame(&header)
+                ));
                 self.note_answer(worker, shard, &header, &body)?;
                 self.spoil_receipt(life, &mut header, &mut body);
-                self.worker_handles(worker, Input::Frame { shard, header, body })
+                self.worker_handles(
+                    worker,
+                    Input::Frame {
+                        shard,
+                        header,
+                        body,
+                    },
+                )
             }
             Packet::Close { .. } => Ok(()),
         }
     }
 
-    fn note_answer(&mut self, worker: usize, shard: ShardId, header: &FrameHeader, body: &Bytes) -> Result<(), Violation> {
+    fn note_answer(
+        &mut self,
+        worker: usize,
+        shard: ShardId,
+        header: &FrameHeader,
+        body: &Bytes,
+    ) -> Result<(), Violation> {
         let process = &mut self.workers[worker];
         if !process.is_open || header.step != process.step() {
             return Ok(());
@@ -294,7 +349,10 @@ impl World<'_> {
         match process.open.answers.get(&key) {
             Some((_, known)) if *known != answer => broken(
                 "I1 one answer",
-                format!("worker {worker} gets two answers of shard {shard}: {}", frame(header)),
+                format!(
+                    "worker {worker} gets two answers of shard {shard}: {}",
+                    frame(header)
+                ),
             ),
             Some(_) => Ok(()),
             None => {
@@ -309,7 +367,10 @@ impl World<'_> {
             Control::Welcome(welcome) => self.placed(worker, &welcome),
             Control::Refused { code, detail } => {
                 self.workers[worker].refused = true;
-                let after = self.randoms.processes.time(Duration::from_millis(300)..Duration::from_millis(2000));
+                let after = self
+                    .randoms
+                    .processes
+                    .time(Duration::from_millis(300)..Duration::from_millis(2000));
                 self.rejoin(worker, &format!("{code:?}: {detail}"), after);
                 Ok(())
             }
@@ -340,7 +401,10 @@ impl World<'_> {
                 run: welcome.place.run,
                 step: welcome.step,
             };
-            let time = self.randoms.store.time(Duration::from_millis(20)..Duration::from_millis(800));
+            let time = self
+                .randoms
+                .store
+                .time(Duration::from_millis(20)..Duration::from_millis(800));
             self.schedule(time, Happening::Fetched { life, worker });
             return Ok(());
         }
@@ -357,18 +421,28 @@ impl World<'_> {
         };
         let here = |shard: &super::shards::ShardProcess| {
             let replica = shard.store.get(&(run, step));
-            replica.filter(|_| shard.up && shard.frozen_until.is_none()).cloned()
+            replica
+                .filter(|_| shard.up && shard.frozen_until.is_none())
+                .cloned()
         };
         let parts: Option<Vec<Rc<Replica>>> = self.shards.iter().map(here).collect();
-        let fails = self.randoms.store.chance(self.case.fetch_fails_per_mille) && self.healed.is_none();
+        let fails =
+            self.randoms.store.chance(self.case.fetch_fails_per_mille) && self.healed.is_none();
         let Some(replica) = parts.filter(|_| !fails).and_then(|mut parts| parts.pop()) else {
             self.coverage.count("fetches that failed");
-            self.rejoin(worker, "its replica cannot be fetched", Duration::from_millis(200));
+            self.rejoin(
+                worker,
+                "its replica cannot be fetched",
+                Duration::from_millis(200),
+            );
             return Ok(());
         };
         self.coverage.count("replicas fetched");
         let process = &mut self.workers[worker];
-        let member = process.member.as_mut().expect("a fetching worker is a member");
+        let member = process
+            .member
+            .as_mut()
+            .expect("a fetching worker is a member");
         let mut state = member.export_state();
         merge(&mut state, &replica.shared);
         member
@@ -381,7 +455,11 @@ impl World<'_> {
         self.begin(life, worker)
     }
 
-    pub(super) fn worker_lost(&mut self, connection: ConnectionId, reason: &str) -> Result<(), Violation> {
+    pub(super) fn worker_lost(
+        &mut self,
+        connection: ConnectionId,
+        reason: &str,
+    ) -> Result<(), Violation> {
         let (worker, shard) = {
             let wire = &mut self.connections[connection.0];
             wire.close(End::Worker);
@@ -391,9 +469,15 @@ impl World<'_> {
         let life = process.life;
         process.links[shard] = None;
         let was_up = core::mem::take(&mut process.up[shard]);
-        self.note(format_args!("{} loses shard {shard}: {reason}", self.name(life)));
+        self.note(format_args!(
+            "{} loses shard {shard}: {reason}",
+            self.name(life)
+        ));
         if self.workers[worker].member.is_none() {
-            let after = self.randoms.processes.time(Duration::from_millis(10)..Duration::from_millis(300));
+            let after = self
+                .randoms
+                .processes
+                .time(Duration::from_millis(10)..Duration::from_millis(300));
             self.join(worker, after);
             return Ok(());
         }
@@ -401,8 +485,18 @@ impl World<'_> {
             let (shard, reason) = (ShardId(shard as u16), reason.to_owned());
             return self.worker_handles(worker, Input::LinkDown { shard, reason });
         }
-        let after = self.randoms.network.time(Duration::from_millis(50)..Duration::from_millis(300));
-        self.schedule(after, Happening::Dial { life, worker, shard });
+        let after = self
+            .randoms
+            .network
+            .time(Duration::from_millis(50)..Duration::from_millis(300));
+        self.schedule(
+            after,
+            Happening::Dial {
+                life,
+                worker,
+                shard,
+            },
+        );
         Ok(())
     }
 
@@ -462,7 +556,10 @@ impl World<'_> {
         process.token += 1;
         let token = process.token;
         if let Some(deadline) = deadline {
-            let at = process.clock.global(deadline).max(now + Duration::from_micros(50));
+            let at = process
+                .clock
+                .global(deadline)
+                .max(now + Duration::from_micros(50));
             let place = Place::Worker(worker);
             self.schedule_at(at, Happening::Timer { place, token });
         }
@@ -477,9 +574,18 @@ impl World<'_> {
             match output {
                 Output::Dial { shard } => {
                     let shard = shard.index();
-                    self.schedule(Duration::ZERO, Happening::Dial { life, worker, shard });
+                    self.schedule(
+                        Duration::ZERO,
+                        Happening::Dial {
+                            life,
+                            worker,
+                            shard,
+                        },
+                    );
                 }
-                Output::Control { shard, message } => self.worker_says(worker, shard.index(), message)?,
+                Output::Control { shard, message } => {
+                    self.worker_says(worker, shard.index(), message)?
+                }
                 Output::Frame(outgoing) => self.worker_sends(worker, outgoing)?,
                 Output::Fail(error) => return self.failed(worker, &error),
                 Output::Notice(notice) => {
@@ -494,23 +600,38 @@ impl World<'_> {
         self.coverage.count("members that failed");
         let expected = match error {
             ReduceError::Superseded { .. } => !self.case.faults.is_empty(),
-            ReduceError::Refused { code, .. } => ["TooFewWorkers", "Shutdown", "World"].contains(&&code[..]),
+            ReduceError::Refused { code, .. } => {
+                ["TooFewWorkers", "Shutdown", "World"].contains(&&code[..])
+            }
             _ => false,
         };
         if !expected && self.sabotage.is_none() {
             let name = self.name(self.workers[worker].life);
             return broken("P a member does not fail", format!("{name}: {error}"));
         }
-        let after = self.randoms.processes.time(Duration::from_millis(50)..Duration::from_millis(1000));
+        let after = self
+            .randoms
+            .processes
+            .time(Duration::from_millis(50)..Duration::from_millis(1000));
         self.rejoin(worker, &error.to_string(), after);
         Ok(())
     }
 
     fn worker_sends(&mut self, worker: usize, frame_out: Outgoing) -> Result<(), Violation> {
-        let Outgoing { shard, header, body, .. } = frame_out;
+        let Outgoing {
+            shard,
+            header,
+            body,
+            ..
+        } = frame_out;
         let process = &mut self.workers[worker];
-        if FrameHeader::decode(&header.encode()) != Ok(header) || header.body_bytes as usize != body.len() {
-            return broken("wire", format!("worker {worker} sends a header that cannot be read: {header:?}"));
+        if FrameHeader::decode(&header.encode()) != Ok(header)
+            || header.body_bytes as usize != body.len()
+        {
+            return broken(
+                "wire",
+                format!("worker {worker} sends a header that cannot be read: {header:?}"),
+            );
         }
         let current = process.is_open && header.step == process.step();
         if current && !header.flags.held && !header.flags.absent && !header.flags.non_finite {
@@ -518,18 +639,34 @@ impl World<'_> {
             let before = process.open.sent.insert(key, body.clone());
             if before.is_some_and(|before| before != body) {
                 let what = frame(&header);
-                return broken("I2 a contribution stays the same", format!("worker {worker} sends another {what}"));
+                return broken(
+                    "I2 a contribution stays the same",
+                    format!("worker {worker} sends another {what}"),
+                );
             }
         }
         let Some(connection) = process.links[shard.index()] else {
-            return broken("P", format!("worker {worker} sends to shard {shard}, which is not connected"));
+            return broken(
+                "P",
+                format!("worker {worker} sends to shard {shard}, which is not connected"),
+            );
         };
         let life = process.life;
-        self.note(format_args!("{} -> shard {shard} {}", self.name(life), frame(&header)));
+        self.note(format_args!(
+            "{} -> shard {shard} {}",
+            self.name(life),
+            frame(&header)
+        ));
         if self.spoils_sending(&header) {
             return Ok(());
         }
-        self.coverage.count(if header.flags.held { "held answers told" } else if header.flags.absent { "absent frames" } else { "frames up" });
+        self.coverage.count(if header.flags.held {
+            "held answers told"
+        } else if header.flags.absent {
+            "absent frames"
+        } else {
+            "frames up"
+        });
         let stream = if header.flags.held {
             self.scheduled += 1;
             Stream::Held(self.scheduled)
@@ -553,7 +690,10 @@ impl World<'_> {
         let mut out = Vec::new();
         process.open = OpenStep::default();
         process.is_open = true;
-        let member = process.member.as_mut().expect("a worker that trains is a member");
+        let member = process
+            .member
+            .as_mut()
+            .expect("a worker that trains is a member");
         let behind = member.begin(&mut out);
         if behind {
             self.coverage.count("steps begun behind");
@@ -591,7 +731,10 @@ impl World<'_> {
         };
         let mut order = case.plan.buckets.iter().flat_map(|bucket| &bucket.tensors);
         let tensor = *order.nth(at).expect("fills end with the last tensor");
-        let member = process.member.as_mut().expect("a worker that trains is a member");
+        let member = process
+            .member
+            .as_mut()
+            .expect("a worker that trains is a member");
         let (rank, step) = (member.place().rank, member.machine().step());
         let mut gradient = Model::gradient(case, process.model.digest(), rank, step, tensor);
         if Model::poisoned(case, rank, step) == Some(tensor) {
@@ -619,7 +762,10 @@ impl World<'_> {
         let case = self.case;
         let process = &mut self.workers[worker];
         let life = process.life;
-        let member = process.member.as_mut().expect("a complete step has a member");
+        let member = process
+            .member
+            .as_mut()
+            .expect("a complete step has a member");
         let rank = member.place().rank;
         let abstained = member.is_abstaining();
         let outcome = member.commit();
@@ -628,11 +774,19 @@ impl World<'_> {
         let open = core::mem::take(&mut process.open);
         if !outcome.skipped {
             process.model.apply(&mut |f| member.for_each_result(f));
-            process.books.settle(case, rank, step, update, &open, abstained);
+            process
+                .books
+                .settle(case, rank, step, update, &open, abstained);
             if case.exact && case.plan.spec.algorithm.feedback == Feedback::Ef14 {
-                process.books.check(case, &member.export_state()).or_else(|detail| {
-                    broken("I2 given = residual + counted", format!("rank {rank} after step {step}: {detail}"))
-                })?;
+                process
+                    .books
+                    .check(case, &member.export_state())
+                    .or_else(|detail| {
+                        broken(
+                            "I2 given = residual + counted",
+                            format!("rank {rank} after step {step}: {detail}"),
+                        )
+                    })?;
             }
         }
         self.note(format_args!(
@@ -641,8 +795,15 @@ impl World<'_> {
             if outcome.skipped { ", skipped" } else { "" },
             if abstained { ", behind" } else { "" }
         ));
-        self.coverage.count(if outcome.skipped { "steps skipped" } else { "steps applied" });
-        let answers = open.answers.iter().map(|(key, (_, answer))| (*key, answer.clone()));
+        self.coverage.count(if outcome.skipped {
+            "steps skipped"
+        } else {
+            "steps applied"
+        });
+        let answers = open
+            .answers
+            .iter()
+            .map(|(key, (_, answer))| (*key, answer.clone()));
         self.checker.committed(life, step, &answers.collect())?;
         self.progressed(step);
         self.report(worker)?;
@@ -650,7 +811,10 @@ impl World<'_> {
         if self.workers[worker].leaving {
             return self.leave(worker);
         }
-        self.schedule(Duration::from_micros(200), Happening::Begin { life, worker });
+        self.schedule(
+            Duration::from_micros(200),
+            Happening::Begin { life, worker },
+        );
         Ok(())
     }
 
@@ -703,18 +867,36 @@ impl World<'_> {
         self.coverage.count("donations");
         self.note(format_args!("{} donates step {step}", self.name(life)));
         for shard in 0..usize::from(self.case.shards) {
-            let time = self.randoms.store.time(Duration::from_millis(5)..Duration::from_millis(600));
-            self.schedule(time, Happening::Stored { life, worker, shard });
+            let time = self
+                .randoms
+                .store
+                .time(Duration::from_millis(5)..Duration::from_millis(600));
+            self.schedule(
+                time,
+                Happening::Stored {
+                    life,
+                    worker,
+                    shard,
+                },
+            );
         }
     }
 
-    pub(super) fn stored(&mut self, life: LifeId, worker: usize, shard: usize) -> Result<(), Violation> {
+    pub(super) fn stored(
+        &mut self,
+        life: LifeId,
+        worker: usize,
+        shard: usize,
+    ) -> Result<(), Violation> {
         let reachable = {
             let now = self.now;
             let link = self.link(worker, shard);
             link.up.blocked <= now && link.down.blocked <= now
         };
-        let (up, frozen) = (self.shards[shard].up, self.shards[shard].frozen_until.is_some());
+        let (up, frozen) = (
+            self.shards[shard].up,
+            self.shards[shard].frozen_until.is_some(),
+        );
         let process = &mut self.workers[worker];
         if !process.alive || process.life != life {
             return Ok(());
@@ -726,7 +908,14 @@ impl World<'_> {
         if !up || frozen || !reachable {
             upload.attempts += 1;
             if upload.attempts <= MOST_UPLOADS * u32::from(self.case.shards) {
-                self.schedule(Duration::from_millis(500), Happening::Stored { life, worker, shard });
+                self.schedule(
+                    Duration::from_millis(500),
+                    Happening::Stored {
+                        life,
+                        worker,
+                        shard,
+                    },
+                );
             }
             return Ok(());
         }
@@ -754,7 +943,11 @@ fn merge(state: &mut WorkerState, shared: &WorkerState) {
     state.update = shared.update;
     for (name, values) in &mut state.arrays {
         let shared_name = name.replace("local", "global");
-        if let Some((_, replica)) = shared.arrays.iter().find(|(other, _)| *other == shared_name) {
+        if let Some((_, replica)) = shared
+            .arrays
+            .iter()
+            .find(|(other, _)| *other == shared_name)
+        {
             values.clone_from(replica);
         }
     }
