@@ -226,6 +226,7 @@ impl Shard {
             .members
             .get(rank)
             .is_some_and(|member| member.incarnation.is_some());
+        job.first_comes(now);
         if job.members.get(rank).is_none() {
             let member = Member::new(hello, session, step, now);
             job.members.insert(rank, member);

@@ -136,7 +136,10 @@ impl Shard {
         let Some(job) = &self.job else {
             return;
         };
-        if job.removal_deadline().is_none_or(|due| now < due) {
+        if job
+            .removal_deadline(self.config.shard)
+            .is_none_or(|due| now < due)
+        {
             return;
         }
         if job.members.connected_count() == 0 {
@@ -212,10 +215,12 @@ impl Shard {
 
 impl Job {
     /// When a member, or the job, has been gone too long.
-    pub(super) fn removal_deadline(&self) -> Option<Duration> {
+    pub(super) fn removal_deadline(&self, shard: ShardId) -> Option<Duration> {
         let away = self.members.away().map(|(_, since)| since);
         if self.members.connected_count() > 0 {
-            return Some(away.min()? + MEMBER_TIMEOUT);
+            // The other shards are told by shard 0 who is no member any more.
+            let due = away.min()? + MEMBER_TIMEOUT;
+            return (shard == ShardId(0)).then_some(due);
         }
         let patience = if self.applicants.is_empty() {
             JOB_TIMEOUT

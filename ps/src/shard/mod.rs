@@ -303,7 +303,7 @@ impl Shard {
                 job.recovery_deadline(),
                 job.members.next_grace_end(now),
                 job.rounds.next_deadline(&rules),
-                job.removal_deadline(),
+                job.removal_deadline(self.config.shard),
                 job.applicants_deadline(),
             ]
         });
