@@ -72,8 +72,8 @@ impl World<'_> {
                     self.schedule(down, Happening::Start(shard));
                 }
             }
-            Fault::WorkerKill { worker } => self.strike_worker(worker, false),
-            Fault::WorkerLeave { worker } => self.strike_worker(worker, true),
+            Fault::WorkerKill { worker } => self.strike_worker(worker, false)?,
+            Fault::WorkerLeave { worker } => self.strike_worker(worker, true)?,
             Fault::WorkerJoin => self.new_worker(),
             Fault::Freeze {
                 of_shard,
@@ -131,13 +131,13 @@ impl World<'_> {
         self.disturbed_until = self.disturbed_until.max(self.now + time);
     }
 
-    fn strike_worker(&mut self, number: u64, in_order: bool) {
+    fn strike_worker(&mut self, number: u64, in_order: bool) -> Result<(), Violation> {
         let Some(worker) = self.live_worker(number) else {
-            return;
+            return Ok(());
         };
         if in_order {
             self.workers[worker].leaving = true;
-            return;
+            return self.leaves_if_idle(worker);
         }
         self.note(format_args!("worker {worker} is killed"));
         self.kill_worker(worker);
@@ -149,6 +149,7 @@ impl World<'_> {
             self.schedule(after, Happening::NewWorker);
             self.coming += 1;
         }
+        Ok(())
     }
 
     fn process(&self, of_shard: bool, number: u64) -> Option<Place> {
@@ -238,6 +239,11 @@ impl World<'_> {
         if self.now > self.moved.max(self.disturbed_until) + Duration::from_secs(30) {
             self.pending -= self.waiting.len();
             self.waiting.clear();
+        }
+        for worker in 0..self.workers.len() {
+            if self.workers[worker].alive && self.workers[worker].leaving {
+                self.leaves_if_idle(worker)?;
+            }
         }
         self.check_stall()?;
         if self.is_over() {

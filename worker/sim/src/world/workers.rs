@@ -834,6 +834,15 @@ impl World<'_> {
         self.outputs(worker, out)
     }
 
+    /// One that has nothing to finish leaves at once.
+    pub(super) fn leaves_if_idle(&mut self, worker: usize) -> Result<(), Violation> {
+        let process = &self.workers[worker];
+        if process.is_open || process.frozen_until.is_some() {
+            return Ok(());
+        }
+        self.leave(worker)
+    }
+
     fn leave(&mut self, worker: usize) -> Result<(), Violation> {
         let mut out = Vec::new();
         if let Some(member) = &mut self.workers[worker].member {
