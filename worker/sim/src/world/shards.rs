@@ -103,9 +103,25 @@ impl World<'_> {
         let process = &mut self.shards[shard];
         process.up = false;
         process.frozen_until = None;
-        process.inbox.clear();
+        let inbox = core::mem::take(&mut process.inbox);
         for session in process.sessions.values() {
             self.connections[session.connection.0].close(End::Shard);
+        }
+        // Who knocked in vain tries again.
+        for happening in inbox {
+            if let Happening::Knock {
+                life,
+                worker,
+                shard,
+            } = happening
+            {
+                let again = Happening::Dial {
+                    life,
+                    worker,
+                    shard,
+                };
+                self.schedule(Duration::from_millis(300), again);
+            }
         }
     }
 
