@@ -126,7 +126,14 @@ impl World<'_> {
         Ok(())
     }
 
-    /// No calm before this has passed.
+    /// A fault that the others must get over while it lasts; when it ends there is something to get over again.
+    fn lasts(&mut self, time: Duration) {
+        let end = self.now + time;
+        self.faults_until = self.faults_until.max(end);
+        self.ends.push(end);
+    }
+
+    /// Nothing can be asked of the job before this has passed.
     fn ends_after(&mut self, time: Duration) {
         self.disturbed_until = self.disturbed_until.max(self.now + time);
     }
@@ -165,7 +172,7 @@ impl World<'_> {
             return;
         };
         let until = self.now + time;
-        self.ends_after(time);
+        self.lasts(time);
         let shards = match shard {
             Some(shard) => {
                 let shard = shard as usize % self.shards.len();
@@ -198,7 +205,10 @@ impl World<'_> {
         }
         *slot = Some(until);
         self.note(format_args!("{place:?} stands still for {time:?}"));
-        self.ends_after(time);
+        match place {
+            Place::Shard(_) => self.ends_after(time),
+            Place::Worker(_) => self.lasts(time),
+        }
         self.schedule_at(until, Happening::Thaw(place));
     }
 
@@ -231,7 +241,10 @@ impl World<'_> {
     /// Looks at the job as a whole.
     pub(super) fn watch(&mut self) -> Result<(), Violation> {
         self.schedule(WATCH, Happening::Watch);
-        if self.pending == 0 && self.healed.is_none() && self.now > self.disturbed_until {
+        if self.pending == 0
+            && self.healed.is_none()
+            && self.now > self.disturbed_until.max(self.faults_until)
+        {
             self.healed = Some(self.now);
             self.note(format_args!("no more faults"));
         }
@@ -254,6 +267,13 @@ impl World<'_> {
             self.refill();
             let steps = self.case.compute.end * 20 * self.case.steps as u32;
             if self.now > healed + SETTLE + steps {
+                let training = self.workers.iter().filter(|worker| worker.is_training());
+                if training.count() < usize::from(self.case.min_workers) {
+                    // Rounds wait for more contributions, and who could bring them waits for a step's end.
+                    self.coverage.count("stuck below min_workers");
+                    self.finished = true;
+                    return Ok(());
+                }
                 return broken(
                     "I4 the job ends",
                     format!("not done {SETTLE:?} after the last fault: {}", self.state()),
@@ -270,7 +290,11 @@ impl World<'_> {
         }
         let alive = || self.workers.iter().filter(|worker| worker.alive);
         let training = alive().filter(|worker| worker.is_training()).count();
-        let full = training >= usize::from(self.case.max_workers);
+        // Those that have ended behind the others never donate.
+        let late = self
+            .healed
+            .is_some_and(|healed| self.now > healed + SETTLE / 2);
+        let full = training >= usize::from(self.case.max_workers) || late;
         let done = alive().all(|worker| {
             if worker.is_training() {
                 worker.step().0 >= self.case.steps
@@ -320,7 +344,16 @@ impl World<'_> {
         let slack = self.case.compute.end * 12
             + self.case.network.jitter * 20
             + Duration::from_millis(1500);
-        let since = self.calm_since.max(self.moved).max(self.disturbed_until);
+        let ended = self.ends.iter().filter(|end| **end <= self.now).max();
+        let ended = ended.copied().unwrap_or_default();
+        // What is cut off in one direction only is noticed by one end after the other.
+        let one_way = Duration::from_secs(if self.faults_until > self.now { 4 } else { 0 });
+        let slack = slack + one_way;
+        let since = self
+            .calm_since
+            .max(self.moved)
+            .max(self.disturbed_until)
+            .max(ended);
         if self.now > since + STALL + slack {
             let detail = format!(
                 "no step was applied for {:?} although nothing is wrong: {}",

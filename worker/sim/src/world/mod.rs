@@ -144,6 +144,10 @@ pub struct World<'a> {
     waiting: VecDeque<(u64, usize)>,
     /// No fault is about from here on.
     disturbed_until: Duration,
+    /// Some fault is about until then, but the job must go on.
+    faults_until: Duration,
+    /// When such faults end.
+    ends: Vec<Duration>,
     /// The job last moved.
     moved: Duration,
     /// All faults are over.
@@ -189,6 +193,8 @@ impl<'a> World<'a> {
             spoiled: spoil::Spoiled::new(),
             waiting: VecDeque::new(),
             disturbed_until: Duration::from_secs(2),
+            faults_until: Duration::ZERO,
+            ends: Vec::new(),
             moved: Duration::ZERO,
             healed: None,
             lives: 0,

@@ -211,8 +211,7 @@ impl World<'_> {
     }
 
     pub(super) fn is_joining(&self, life: LifeId) -> bool {
-        let worker = self.workers.iter().find(|worker| worker.life == life);
-        worker.is_none_or(|worker| worker.member.is_none())
+        self.checker.rank(life).is_none()
     }
 
     /// Whether it still looks for a connection with this shard.
