@@ -181,7 +181,21 @@ impl Checker {
     }
 
     /// A worker has a place. `first`: the step with which it starts the job; one that joins later [inherits](Self::inherits).
-    pub fn life_began(&mut self, life: LifeId, run: RunId, rank: Rank, first: Option<Step>) {
+    ///
+    /// # Errors
+    /// A rank that another worker had, or has.
+    pub fn life_began(
+        &mut self,
+        life: LifeId,
+        run: RunId,
+        rank: Rank,
+        first: Option<Step>,
+    ) -> Result<(), Violation> {
+        let same = |other: &&Life| (other.run, other.rank, other.alive) == (run, rank, true);
+        if self.lives.values().any(|other| same(&other)) {
+            let detail = format!("rank {rank} of run {run} is given to another while its worker lives");
+            return broken("P a rank is given once", detail);
+        }
         self.lives.insert(
             life,
             Life {
@@ -193,6 +207,7 @@ impl Checker {
                 applied: BTreeMap::new(),
             },
         );
+        Ok(())
     }
 
     /// Its process is gone, or it gave up its place.

@@ -390,7 +390,7 @@ impl World<'_> {
                 place.run
             ));
             let first = (!welcome.snapshot).then_some(welcome.step);
-            self.checker.life_began(life, place.run, place.rank, first);
+            self.checker.life_began(life, place.run, place.rank, first)?;
             self.coverage.count(if welcome.snapshot {
                 "joins of a running job"
             } else {
