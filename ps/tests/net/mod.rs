@@ -49,6 +49,7 @@ pub fn options(identity: impl Into<IdentitySource>, world: u16) -> ServeOptions 
         chaos_delay: Duration::ZERO,
         store: StoreOptions::default(),
         timeouts: Timeouts::default(),
+        store: StoreOptions::default(),
     }
 }
 
