@@ -139,7 +139,10 @@ impl Shard {
             return;
         };
         let gathering = matches!(job.life, Life::Gathering);
-        if !gathering || job.applicants.len() < usize::from(world) {
+        let patient = self
+            .born
+            .is_some_and(|born| now < born + self.config.start_grace);
+        if !gathering || job.applicants.len() < usize::from(world) || patient {
             let joined = job.applicants.len() + job.members.connected_count();
             let message = Control::Waiting {
                 joined: joined as u16,
@@ -183,6 +186,22 @@ impl Shard {
             world,
             step: start,
         }));
+    }
+
+    /// When a world that is complete begins, if it has to wait.
+    pub(super) fn start_deadline(&self) -> Option<Duration> {
+        let job = self.job.as_ref()?;
+        let complete = job.applicants.len() >= usize::from(self.config.world);
+        let waits = matches!(job.life, Life::Gathering) && complete;
+        self.born
+            .filter(|_| waits)
+            .map(|born| born + self.config.start_grace)
+    }
+
+    pub(super) fn start_after_grace(&mut self, now: Duration, out: &mut Vec<Action>) {
+        if self.start_deadline().is_some_and(|due| due <= now) {
+            self.start_or_wait(now, out);
+        }
     }
 
     /// Asks donors for those that wait, while there is room.

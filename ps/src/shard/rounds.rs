@@ -426,7 +426,7 @@ impl Rounds {
         now: Duration,
         header: FrameHeader,
         held: Held,
-        rank: Rank,
+        (rank, at): (Rank, Step),
     ) -> Result<Vec<Due>, Fault> {
         self.check_bucket(header.bucket)?;
         let key = (header.step, header.bucket);
@@ -435,7 +435,7 @@ impl Rounds {
         let mut next = Some(held);
         while let Some(held) = next {
             let phase = shape.phase_of(held.kind);
-            due.extend(self.adopt_one(now, header, held, rank)?);
+            due.extend(self.adopt_one(now, header, held, (rank, at))?);
             // Frames of different streams come in any order: the one that follows may be here.
             next = self
                 .told
@@ -451,7 +451,7 @@ impl Rounds {
         now: Duration,
         header: FrameHeader,
         held: Held,
-        rank: Rank,
+        (rank, at): (Rank, Step),
     ) -> Result<Option<Due>, Fault> {
         let key = (header.step, header.bucket);
         let known = self.check_held(key, &held, rank)?;
@@ -467,8 +467,15 @@ impl Rounds {
         }
         if !known && !self.open.contains_key(&key) {
             if header.step < self.step {
-                // Older than what is kept: nobody can ask for it.
-                return Ok(None);
+                // Older than what is kept. Whether the sender's copy is that of the others shows in its last step.
+                return if header.step.0.saturating_add(1) < at.0 {
+                    Ok(None)
+                } else {
+                    Err(Fault::Gone(format!(
+                        "rank {rank} has come to step {at}, and what it applied before can no longer be compared with the others': the job is at step {}; join again",
+                        self.step
+                    )))
+                };
             }
             let round = self.new_round(now, header);
             self.open.insert(key, round);
