@@ -30,6 +30,7 @@
 
 pub mod aggregate;
 mod answer;
+pub mod any_bytes;
 mod digests;
 mod event;
 mod frames;

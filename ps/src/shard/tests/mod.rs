@@ -11,7 +11,9 @@ mod recovery;
 mod refusals;
 mod reports;
 mod rounds;
+mod sequences;
 mod successors;
+mod telling;
 
 use super::*;
 use arc_topk_common::compress::ValueCodec;
