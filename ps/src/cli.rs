@@ -235,6 +235,12 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
         transport: TransportConfig::default(),
         shard: ShardConfig {
             min_workers: command.shard.min_workers,
+            max_workers: command.shard.elastic.most_workers(command.shard.workers),
+            quorum: command.shard.elastic.quorum,
+            straggler_timeout: Duration::from_secs_f64(
+                command.shard.elastic.straggler_timeout_seconds,
+            ),
+            resync: command.shard.elastic.resync,
             ..ShardConfig::new(
                 &command.common.job,
                 ShardId(command.shard.shard),

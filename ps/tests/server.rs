@@ -4,14 +4,15 @@
 mod net;
 
 use arc_topk_common::ids::{Epoch, Rank, Step};
-use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES, Hello, RefusalCode, Welcome};
+use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES, Hello, Intent, RefusalCode};
 use arc_topk_ps::server::{ServeError, ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::Stage;
 use arc_topk_transport::{
     ControlStream, SendStream, TransportConfig, TransportError, connect, write_frame,
 };
 use net::{
-    PATIENCE, Worker, answer, certs, header, hello, options, quick, running, running_with, shows,
+    PATIENCE, Worker, answer, certs, header, hello, join, options, quick, running, running_with,
+    shows,
 };
 use std::net::SocketAddr;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -64,12 +65,7 @@ async fn headers_and_control_messages_are_counted() {
         joined: 1,
         world: 2,
     };
-    let welcome = Control::Welcome(Welcome {
-        epoch: Epoch(1),
-        rank: Rank(0),
-        world: 2,
-        start_step: Step(0),
-    });
+    let welcome = Control::Welcome(workers[0].welcome.clone().unwrap());
     let down = framed(&[waiting, welcome.clone(), welcome]) + 2 * HEADER_BYTES;
     for (direction, bytes) in [("up", up), ("down", down)] {
         let name = "arc_communication_bytes_total";
@@ -94,7 +90,8 @@ async fn workers_get_the_mean_and_the_pages_show_it() {
         for (_, recv) in &mut streams {
             let (header, body) = answer(recv).await;
             assert!(header.flags.counted && header.kind == FrameKind::DenseMean);
-            assert!(body.chunks(4).all(|value| value == 2f32.to_le_bytes()));
+            let values = &body[..header.payload_bytes()];
+            assert!(values.chunks(4).all(|value| value == 2f32.to_le_bytes()));
         }
     }
     let admin = server.admin_address().unwrap();
@@ -126,7 +123,7 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
     let (server, _, mut workers) = running(dir.path(), 2).await;
     let (_send, mut recv) = workers[0].send_dense(0, 5.0).await;
     // Ranks are given in order of arrival, which need not be that of the connections.
-    let stays = workers[0].rank.unwrap();
+    let stays = workers[0].rank();
     workers.pop().unwrap().connection.close(0u32.into(), b"");
     let (header, _) = answer(&mut recv).await;
     assert!(header.flags.counted);
@@ -135,6 +132,41 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
     };
     assert_eq!(epoch, Epoch(2));
     assert_eq!(members, [stays]);
+    server.shutdown("test").await;
+}
+
+/// It closes with the code that says so, or is silent; either way the other one's round waits for it a moment.
+#[tokio::test]
+async fn a_worker_that_dials_again_has_its_place_and_its_round() {
+    let dir = tempfile::tempdir().unwrap();
+    let (server, identity, mut workers) = running(dir.path(), 2).await;
+    let _lost_with_its_connection = workers[0].send_dense(0, 1.0).await;
+    shows(&server, "arc_open_rounds 1").await;
+    let place = workers[0].welcome.clone().unwrap().place;
+    let again = Hello {
+        intent: Intent::Member {
+            place: place.clone(),
+            step: Step(0),
+            waited: true,
+        },
+        ..hello()
+    };
+    // The new connection may come before the old one's end is known.
+    let mut back = Worker::hello(&server, &identity, again).await;
+    assert_eq!(back.welcome().await, place.rank);
+    let code = arc_topk_transport::REDIAL_CODE;
+    workers[0].connection.close(code.into(), b"dialling again");
+    let mut streams = [
+        back.send_dense(0, 1.0).await,
+        workers[1].send_dense(0, 3.0).await,
+    ];
+    for (_, recv) in &mut streams {
+        let (header, body) = answer(recv).await;
+        assert!(header.flags.counted);
+        let values = &body[..header.payload_bytes()];
+        assert!(values.chunks(4).all(|value| value == 2f32.to_le_bytes()));
+    }
+    assert_eq!(server.status().await.unwrap().totals.lost, 0);
     server.shutdown("test").await;
 }
 
@@ -194,7 +226,7 @@ async fn a_second_worker_with_a_taken_rank_is_refused_and_the_first_goes_on() {
     let (shard, identity) = certs(dir.path());
     let server = Server::start(options(shard, 2)).await.unwrap();
     let ranked = Hello {
-        rank: Some(Rank(0)),
+        intent: join(Some(Rank(0))),
         ..hello()
     };
     let mut first = Worker::hello(&server, &identity, ranked.clone()).await;
@@ -278,7 +310,7 @@ async fn a_frame_longer_than_the_plan_allows() {
     });
     let detail = detail.await;
     assert!(
-        detail.starts_with("a frame announces 1048576 bytes, above the limit of 64"),
+        detail.starts_with("a frame announces 1048576 bytes, above the limit of "),
         "{detail}"
     );
 }

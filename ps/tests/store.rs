@@ -37,13 +37,7 @@ impl Shard {
             admin: None,
             identity: Identity::load(&made.shard).unwrap(),
             transport: TransportConfig::default(),
-            shard: ShardConfig {
-                shard: ShardId(0),
-                shards: 1,
-                job: "job".to_owned(),
-                world: 1,
-                min_workers: 1,
-            },
+            shard: ShardConfig::new("job", ShardId(0), 1, 1),
             timeouts,
             chaos_delay: Duration::ZERO,
             store: StoreOptions {

@@ -213,13 +213,7 @@ impl Bench {
             admin: None,
             identity: self.shard().into(),
             transport: TransportConfig::default(),
-            shard: ShardConfig {
-                shard: ShardId(0),
-                shards: 1,
-                job: "bench".to_owned(),
-                world: WORKERS,
-                min_workers: 1,
-            },
+            shard: ShardConfig::new("bench", ShardId(0), 1, WORKERS),
             timeouts: Timeouts {
                 hello: patience,
                 header: patience,

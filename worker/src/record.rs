@@ -28,6 +28,12 @@ pub struct StepRecord {
     pub lr: f32,
     /// Whether all workers skipped the update because some gradient was not finite.
     pub skipped: bool,
+    /// Whether the step had closed without this worker, which only took its result: it has no loss then.
+    pub behind: bool,
+    /// Whether some of this worker's contribution came too late to be counted.
+    pub late: bool,
+    /// Workers that steps waited for after this one.
+    pub live_workers: u16,
     /// Tokens (or images) that this worker processed.
     pub tokens: u64,
     /// Seconds of the whole step.
@@ -82,6 +88,10 @@ pub struct RunSummary {
     pub steps: u64,
     /// Steps that all workers skipped.
     pub skipped_steps: u64,
+    /// Steps that had closed without this worker.
+    pub behind_steps: u64,
+    /// Steps in which some of this worker's contribution came too late.
+    pub late_steps: u64,
     /// Mean training loss of the last steps (up to 20).
     pub final_train_loss: Option<f32>,
     /// Last validation loss.
@@ -117,6 +127,8 @@ impl RunSummary {
     pub fn add(&mut self, record: &StepRecord) {
         self.steps += 1;
         self.skipped_steps += u64::from(record.skipped);
+        self.behind_steps += u64::from(record.behind);
+        self.late_steps += u64::from(record.late);
         self.tokens += record.tokens;
         self.total_seconds += f64::from(record.step_seconds);
         self.compute_seconds += f64::from(record.compute_seconds);
@@ -213,6 +225,32 @@ impl StepWriter {
         let done = self.out.write_all(&line).and_then(|()| self.out.flush());
         done.map_err(|source| io_error("write", &self.path, source))
     }
+}
+
+/// Directories `worker-<rank>` in that of a job, by rank. Ranks may be missing: a worker that joins late, or again, has the
+/// next one.
+///
+/// # Errors
+/// If the directory cannot be listed; one that does not exist holds none.
+pub fn worker_directories(job: &Path) -> Result<Vec<PathBuf>, RecordError> {
+    let entries = match fs::read_dir(job) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        Err(source) => return Err(io_error("list", job, source)),
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        let path = entry
+            .map_err(|source| io_error("list", job, source))?
+            .path();
+        let name = path.file_name().and_then(|name| name.to_str());
+        let rank = name.and_then(|name| name.strip_prefix("worker-")?.parse::<u16>().ok());
+        if let Some(rank) = rank.filter(|_| path.is_dir()) {
+            found.push((rank, path));
+        }
+    }
+    found.sort();
+    Ok(found.into_iter().map(|(_, path)| path).collect())
 }
 
 /// Reads all step records of a run. A half-written last line (a run that was killed) is left out.

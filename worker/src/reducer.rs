@@ -23,6 +23,16 @@ pub enum ReduceError {
         /// Cause and remedy.
         detail: String,
     },
+    /// The job went on without this worker, further than it can follow. It may join again, with the state of a snapshot.
+    #[error(
+        "shard {shard} goes on without this worker: {detail}; join again, with the state of a snapshot"
+    )]
+    Superseded {
+        /// Shard.
+        shard: u16,
+        /// What happened.
+        detail: String,
+    },
     /// A connection was lost.
     #[error("connection to shard {shard} is lost: {detail}")]
     Disconnected {
@@ -47,15 +57,6 @@ pub enum ReduceError {
         rounds: usize,
         /// How long nothing came.
         seconds: f32,
-    },
-    /// The job went on without this worker for too long, or its copy went another way: it must join again, with a state
-    /// from a snapshot.
-    #[error("shard {shard}: the job went on without this worker: {detail}")]
-    Superseded {
-        /// Shard.
-        shard: u16,
-        /// Cause, for people.
-        detail: String,
     },
     /// The session's own machinery ended.
     #[error("the session has ended: {detail}")]
@@ -182,9 +183,14 @@ pub trait Reducer: Send {
     }
 
     /// Whether shard 0 has asked this worker to upload its replica for one that joins. Ask between steps, after the
-    /// results were applied; stays true until [`Reducer::donated`].
+    /// results were applied; stays true until [`Reducer::donating`].
     fn donation_due(&self) -> bool {
         false
+    }
+
+    /// A copy of the replica before `step` is made and is being uploaded.
+    fn donating(&mut self, step: Step) {
+        let _ = step;
     }
 
     /// The replica that was asked for is in the shards' store: the state before `step`.

@@ -8,7 +8,8 @@ use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, Step};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION, RefusalCode,
+    ALPN, Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    PROTOCOL_VERSION, RefusalCode,
 };
 use arc_topk_ps::server::{ServeError, Server};
 use arc_topk_ps::shard::Stage;
@@ -189,7 +190,7 @@ fn raw_tls(job: &Job, alpn: &[u8], certificate: Option<&Path>) -> quinn::ClientC
 #[test]
 fn no_certificate_at_all() {
     untouched_by(|job| {
-        let error = ended(job, b"arc-topk/1", None);
+        let error = ended(job, ALPN, None);
         assert!(
             matches!(
                 error,
@@ -207,10 +208,10 @@ fn no_certificate_at_all() {
 #[test]
 fn another_protocol_on_the_connection() {
     untouched_by(|job| {
-        let error = ended(job, b"arc-topk/2", Some(&job.place("worker")));
+        let error = ended(job, b"arc-topk/1", Some(&job.place("worker")));
         assert!(matches!(error, TransportError::Alpn { .. }), "{error:?}");
         assert!(
-            error.to_string().contains("does not speak arc-topk/1"),
+            error.to_string().contains("does not speak arc-topk/2"),
             "{error}"
         );
     });
@@ -221,11 +222,14 @@ fn hello() -> Hello {
         protocol: PROTOCOL_VERSION,
         job: "job".to_owned(),
         incarnation: [9; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
         shard: 0,
         host: "a bad peer".to_owned(),
+        intent: Intent::Join {
+            rank: None,
+            world: None,
+            start_step: Step(0),
+            elastic: false,
+        },
         plan: plan(),
     }
 }
@@ -398,6 +402,8 @@ fn header(body_bytes: u32) -> FrameHeader {
         step: Step(0),
         update: 0,
         body_bytes,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 

@@ -25,10 +25,8 @@ const CHILD: &str = "ARC_TEST_PRINT_DIGEST";
 fn digest() -> String {
     let line =
         "test --steps 4 --batch 4 --context 96 --layers 2 --lr-warmup 1 --validate-batches 1";
-    let config = TrainConfig {
-        name: "threads".into(),
-        args: Cli::parse_from(line.split_whitespace()).train,
-    };
+    let args = Cli::parse_from(line.split_whitespace()).train;
+    let config = TrainConfig::new("threads", args);
     let algorithm = AlgorithmConfig {
         warmup_updates: 1,
         ..AlgorithmConfig::default()

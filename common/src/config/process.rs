@@ -1,5 +1,6 @@
 //! What a process is told about its job, its peers and its machine. None of it changes what is computed.
 
+use super::elastic::{ElasticArgs, RestartPolicy};
 use super::setting::{SettingError, require};
 use crate::wire::{MAX_JOB_BYTES, MAX_LISTED_SNAPSHOTS, MAX_WORLD};
 use clap::Args;
@@ -130,12 +131,17 @@ pub struct ShardArgs {
     /// How many workers the job has, 1..=4096. Training starts when all are there.
     #[arg(long, value_name = "N", env = "ARC_WORKERS")]
     pub workers: u16,
-    /// With fewer live workers the job is ended. Raise it if a smaller world would waste time.
+    /// With fewer workers no round closes, and if the missing ones do not come back the job is ended. Raise it if a
+    /// smaller world would waste time.
     #[arg(long, value_name = "N", env = "ARC_MIN_WORKERS", default_value_t = 1)]
     pub min_workers: u16,
+    /// Workers that come, go or lag.
     #[command(flatten)]
     #[serde(flatten)]
+    pub elastic: ElasticArgs,
     /// Snapshots.
+    #[command(flatten)]
+    #[serde(flatten)]
     pub snapshots: SnapshotArgs,
 }
 
@@ -219,6 +225,7 @@ impl ShardArgs {
             "1 to workers",
             advice,
         )?;
+        self.elastic.validate(self.workers)?;
         self.snapshots.validate()
     }
 }
@@ -262,6 +269,15 @@ pub struct PeerArgs {
         default_value_t = 60.0
     )]
     pub connect_timeout_seconds: f64,
+    /// Seconds to keep trying to reach a shard that was lost while training. The shard may start anew meanwhile: the
+    /// workers tell it what it must know.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ARC_RECONNECT_TIMEOUT_SECONDS",
+        default_value_t = 300.0
+    )]
+    pub reconnect_timeout_seconds: f64,
     /// Seconds without any answer from a shard after which a step is given up. Lost peers show within seconds by
     /// themselves; this is for those that hang. Must exceed the longest pause of any worker, such as a validation.
     #[arg(
@@ -320,6 +336,15 @@ impl PeerArgs {
             "0.1 to 86400",
             advice,
         )?;
+        let seconds = self.reconnect_timeout_seconds;
+        let advice = "it is how long a lost shard may take to come back before this worker gives up; 300 is usual";
+        require(
+            (0.1..=86400.0).contains(&seconds),
+            "reconnect_timeout_seconds",
+            seconds,
+            "0.1 to 86400",
+            advice,
+        )?;
         let seconds = self.progress_timeout_seconds;
         let advice = "it is how long a step may stand still before it is given up; 600 is usual";
         require(
@@ -350,6 +375,12 @@ pub struct LocalArgs {
         default_value = "127.0.0.1:9400"
     )]
     pub admin: AdminAddress,
+    /// What becomes of a worker or shard that dies.
+    #[arg(long, env = "ARC_RESTART", value_enum, default_value_t = RestartPolicy::OnFailure)]
+    pub restart: RestartPolicy,
+    /// Workers that come, go or lag.
+    #[command(flatten)]
+    pub elastic: ElasticArgs,
 }
 
 impl LocalArgs {
@@ -365,7 +396,8 @@ impl LocalArgs {
             "1 to 256",
             "2 are enough on one machine",
         )?;
-        check_workers(self.workers)
+        check_workers(self.workers)?;
+        self.elastic.validate(self.workers)
     }
 }
 

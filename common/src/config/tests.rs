@@ -275,11 +275,49 @@ fn ranges_of_training_are_checked() {
     assert_eq!(train("--vocab 255"), Err("vocab"));
     assert_eq!(train("--beta2 1"), Err("beta2"));
     assert_eq!(train("--catch-up-cap 0"), Err("catch_up_cap"));
-    assert_eq!(train("--resume"), Err("checkpoint_dir"));
+    assert_eq!(train("--checkpoint-every 5"), Err("checkpoint_dir"));
+    // From the shards' store.
+    assert_eq!(
+        train("--resume --snapshot-every 10 --digest-every 0"),
+        Ok(())
+    );
     assert_eq!(train("--resume --checkpoint-dir x"), Ok(()));
     for preset in ["tiny", "60m", "130m", "350m", "1b"] {
         assert_eq!(train(&format!("--model {preset}")), Ok(()));
     }
+}
+
+#[test]
+fn elastic_settings_are_read_and_checked() {
+    let file = File::new(
+        "elastic",
+        "quorum = 3\nstraggler_timeout_seconds = 0.5\n[local]\nmax_workers = 6\n[ps]\nresync = true",
+    );
+    let args = local("arc-worker local --restart never", Some(&file)).unwrap();
+    args.local.validate().unwrap();
+    assert_eq!(args.local.elastic.quorum, 3);
+    assert_eq!(args.local.elastic.straggler_timeout_seconds, 0.5);
+    assert_eq!(args.local.elastic.most_workers(4), 6);
+    assert!(!args.local.elastic.resync);
+    assert_eq!(args.local.restart, RestartPolicy::Never);
+    let Command::Ps(shard) = read("arc-worker ps --workers 4", Some(&file))
+        .unwrap()
+        .command
+    else {
+        panic!("ps")
+    };
+    assert!(shard.shard.elastic.resync);
+    shard.shard.validate().unwrap();
+    let problem = |words: &str| {
+        local(&format!("arc-worker local {words}"), None)
+            .unwrap()
+            .local
+            .validate()
+            .map_err(|e| e.name)
+    };
+    assert_eq!(problem("--quorum 5"), Err("quorum"));
+    assert_eq!(problem("--quorum 5 --max-workers 5"), Ok(()));
+    assert_eq!(problem("--max-workers 2"), Err("max_workers"));
 }
 
 #[test]

@@ -211,7 +211,26 @@ pub struct TrainArgs {
         default_value_t = 0
     )]
     pub checkpoint_every: u64,
-    /// Goes on from the newest checkpoint in `--checkpoint-dir`, if there is one.
+    /// Steps between snapshots in the shards' store, from which a whole job can go on with `--resume`, also with another
+    /// number of workers; 0 makes none. Uploads run beside training, one at a time: a step costs a copy of the model.
+    #[arg(
+        long,
+        value_name = "STEPS",
+        env = "ARC_SNAPSHOT_EVERY",
+        default_value_t = 0
+    )]
+    pub snapshot_every: u64,
+    /// Steps between comparisons of all workers' parameters by their SHA-256; 0 makes none. A difference is a defect of
+    /// hardware or program, and is reported loudly.
+    #[arg(
+        long,
+        value_name = "STEPS",
+        env = "ARC_DIGEST_EVERY",
+        default_value_t = 100
+    )]
+    pub digest_every: u64,
+    /// Goes on from the newest checkpoint in `--checkpoint-dir`; if there is none, from the newest snapshot in the
+    /// shards' store; if there is none either, from the start.
     #[arg(long, env = "ARC_RESUME", value_parser = FalseyValueParser::new())]
     pub resume: bool,
     /// Directory for this run's records (`steps.jsonl`, `summary.json`). May differ between workers.
@@ -282,8 +301,8 @@ impl TrainArgs {
             "1 or more",
             advice,
         )?;
-        let kept = self.checkpoint_dir.is_some() || (!self.resume && self.checkpoint_every == 0);
-        let advice = "checkpoints need a place: pass --checkpoint-dir DIR with --resume or --checkpoint-every";
+        let kept = self.checkpoint_dir.is_some() || self.checkpoint_every == 0;
+        let advice = "checkpoints need a place: pass --checkpoint-dir DIR with --checkpoint-every";
         require(kept, "checkpoint_dir", "not set", "a directory", advice)
     }
 

@@ -37,6 +37,11 @@ const ROUND_SECONDS: &[f64] = &[
     5.0, 10.0,
 ];
 
+/// Bucket bounds of uploads, recoveries and lateness, seconds.
+const LONG_SECONDS: &[f64] = &[
+    0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 60.0, 150.0, 600.0,
+];
+
 macro_rules! labels {
     ($(#[$doc:meta])* $name:ident { $($(#[$variant_doc:meta])* $variant:ident = $label:literal),* $(,)? }) => {
         $(#[$doc])*
@@ -125,6 +130,17 @@ labels!(
     }
 );
 
+labels!(
+    /// What became of a snapshot that was due (label `outcome`).
+    SnapshotEnd {
+        /// All of this worker's parts are stored.
+        Stored = "stored",
+        /// The one before was not done.
+        Skipped = "skipped",
+        /// A shard's store could not be reached or refused it.
+        Failed = "failed",
+    }
+);
 labels!(
     /// What is asked of the snapshot store (label `request`).
     StoreRequestKind {

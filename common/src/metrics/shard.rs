@@ -22,6 +22,16 @@ pub struct ShardMetrics {
     certificate_expiry: IntGauge,
     certificate_renewals: IntCounterVec,
     straggler_wait_seconds: prometheus::CounterVec,
+    late_contributions: IntCounterVec,
+    lateness_seconds: Histogram,
+    persistent_straggler: GaugeVec,
+    recoveries: IntCounter,
+    recovery_seconds: Histogram,
+    adopted_results: IntCounter,
+    returned_workers: IntCounter,
+    joined_workers: IntCounter,
+    superseded_workers: IntCounter,
+    digest_mismatches: IntCounter,
     snapshots: IntGauge,
     snapshot_bytes: IntGauge,
     snapshot_requests: IntCounterVec,
@@ -96,6 +106,50 @@ impl ShardMetrics {
                 ),
                 &["rank"],
             )),
+            late_contributions: r.counters(
+                "arc_late_contributions_total",
+                "Contributions to rounds that had closed without them, by rank",
+                &["rank"],
+            ),
+            lateness_seconds: r.histogram(
+                "arc_lateness_seconds",
+                "Time by which a contribution came after its round had closed without it",
+                LONG_SECONDS,
+            ),
+            persistent_straggler: r.gauges(
+                "arc_persistent_straggler",
+                "1 for each rank that was late in most of its latest rounds",
+                &["rank"],
+            ),
+            recoveries: r.counter(
+                "arc_recoveries_total",
+                "Times that workers told this shard of a job that was running before it started",
+            ),
+            recovery_seconds: r.histogram(
+                "arc_recovery_seconds",
+                "Time from the first worker that told of a running job until rounds could be formed again",
+                LONG_SECONDS,
+            ),
+            adopted_results: r.counter(
+                "arc_adopted_results_total",
+                "Results that this shard took from workers that held them, in place of forming them again",
+            ),
+            returned_workers: r.counter(
+                "arc_returned_workers_total",
+                "Workers that came back after their connection was lost",
+            ),
+            joined_workers: r.counter(
+                "arc_joined_workers_total",
+                "Workers that joined while the job was running",
+            ),
+            superseded_workers: r.counter(
+                "arc_superseded_workers_total",
+                "Workers that were told to join again, since the job had gone on without them",
+            ),
+            digest_mismatches: r.counter(
+                "arc_digest_mismatches_total",
+                "Comparisons in which the workers' parameters were not all the same",
+            ),
             snapshots: r.count("arc_snapshots", "Snapshots of which this shard holds pieces"),
             snapshot_bytes: r.count("arc_snapshot_bytes", "Bytes of snapshots that this shard holds"),
             snapshot_requests: r.counters(
@@ -208,6 +262,58 @@ impl ShardMetrics {
         self.straggler_wait_seconds
             .with_label_values(&[&peer_label(rank)])
             .inc_by(seconds.max(0.0));
+    }
+
+    /// A contribution of `rank` came `seconds` after its round had closed without it.
+    pub fn late(&self, rank: u16, seconds: f64) {
+        self.late_contributions
+            .with_label_values(&[&peer_label(rank)])
+            .inc();
+        self.lateness_seconds.observe(seconds.max(0.0));
+    }
+
+    /// Whether `rank` was late in most of its latest rounds. Say false, too, when it is gone.
+    pub fn set_persistent_straggler(&self, rank: u16, persistent: bool) {
+        let label = peer_label(rank);
+        if persistent {
+            self.persistent_straggler
+                .with_label_values(&[&label])
+                .set(1.0);
+        } else {
+            // One that never was has no label to remove.
+            let _ = self.persistent_straggler.remove_label_values(&[&label]);
+        }
+    }
+
+    /// This shard knows again what workers told it of a running job, `seconds` after the first did.
+    pub fn recovered(&self, seconds: f64) {
+        self.recoveries.inc();
+        self.recovery_seconds.observe(seconds.max(0.0));
+    }
+
+    /// A result was taken from a worker that held it.
+    pub fn result_adopted(&self) {
+        self.adopted_results.inc();
+    }
+
+    /// A worker came back.
+    pub fn worker_returned(&self) {
+        self.returned_workers.inc();
+    }
+
+    /// A worker joined while the job was running.
+    pub fn worker_joined(&self) {
+        self.joined_workers.inc();
+    }
+
+    /// A worker was told to join again.
+    pub fn worker_superseded(&self) {
+        self.superseded_workers.inc();
+    }
+
+    /// The workers' parameters were not all the same.
+    pub fn digests_differ(&self) {
+        self.digest_mismatches.inc();
     }
 
     /// Snapshots held now, and their bytes.

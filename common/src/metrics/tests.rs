@@ -4,7 +4,8 @@ use super::*;
 use prometheus::proto::MetricType;
 
 /// Gauges that count or measure something without a unit.
-const UNITLESS: [&str; 11] = [
+const UNITLESS: [&str; 12] = [
+    "arc_persistent_straggler",
     "arc_build_info",
     "arc_members",
     "arc_snapshots",
@@ -30,8 +31,13 @@ fn exercised() -> [Registry; 2] {
     shard.observe_connection(0, figures);
     shard.refused(crate::wire::RefusalCode::Plan);
     shard.waited(1, 0.5);
+    shard.late(2, 0.25);
+    shard.set_persistent_straggler(2, true);
+    shard.recovered(0.5);
     let worker = WorkerMetrics::new();
     worker.observe_connection(0, figures);
+    worker.reconnected(1, 0.5);
+    worker.snapshot_uploaded(10, 0.5);
     [shard.registry().clone(), worker.registry().clone()]
 }
 
@@ -83,15 +89,38 @@ fn connection_counters_take_the_growth() {
 #[test]
 fn labels_are_bounded() {
     let metrics = ShardMetrics::new();
-    (0..u16::MAX)
-        .step_by(7)
-        .for_each(|rank| metrics.waited(rank, 1.0));
-    let series = metrics
-        .text()
-        .lines()
-        .filter(|line| line.starts_with("arc_straggler_wait_seconds_total{"))
-        .count();
-    assert!(series <= usize::from(MAX_PEER_LABELS) + 1);
+    (0..u16::MAX).step_by(7).for_each(|rank| {
+        metrics.waited(rank, 1.0);
+        metrics.late(rank, 1.0);
+        metrics.set_persistent_straggler(rank, true);
+    });
+    let text = metrics.text();
+    for name in [
+        "arc_straggler_wait_seconds_total{",
+        "arc_late_contributions_total{",
+        "arc_persistent_straggler{",
+    ] {
+        let series = text.lines().filter(|line| line.starts_with(name)).count();
+        assert!(
+            (2..=usize::from(MAX_PEER_LABELS) + 1).contains(&series),
+            "{name}"
+        );
+    }
+}
+
+#[test]
+fn a_straggler_that_is_none_any_more_has_no_series() {
+    let metrics = ShardMetrics::new();
+    for rank in [3, 300, 400] {
+        metrics.set_persistent_straggler(rank, true);
+        metrics.late(rank, 1.0);
+    }
+    metrics.set_persistent_straggler(3, false);
+    metrics.set_persistent_straggler(5, false);
+    let text = metrics.text();
+    assert!(text.contains("arc_persistent_straggler{rank=\"other\"} 1\n"));
+    assert!(!text.contains("arc_persistent_straggler{rank=\"3\"}"));
+    assert!(text.contains("arc_late_contributions_total{rank=\"other\"} 2\n"));
 }
 
 #[test]

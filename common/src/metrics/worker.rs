@@ -15,6 +15,17 @@ pub struct WorkerMetrics {
     gradient_norm: Gauge,
     learning_rate: Gauge,
     tokens: IntCounter,
+    members: IntGauge,
+    reconnects: IntCounterVec,
+    away_seconds: prometheus::CounterVec,
+    joins: IntCounter,
+    superseded: IntCounter,
+    behind_steps: IntCounter,
+    late_contributions: IntCounter,
+    digest_mismatches: IntCounter,
+    snapshots: IntCounterVec,
+    snapshot_bytes: IntCounter,
+    snapshot_seconds: Histogram,
 }
 
 shared_methods!(WorkerMetrics, Flow::Up, Flow::Down);
@@ -55,8 +66,54 @@ impl WorkerMetrics {
                 "arc_samples_total",
                 "Tokens or images that this worker has trained on",
             ),
+            members: r.count("arc_members", "Workers in the job, those that are away for a moment included"),
+            reconnects: r.counters(
+                "arc_reconnects_total",
+                "Connections to a shard that were lost and are back, by shard",
+                &["shard"],
+            ),
+            away_seconds: r.add(prometheus::CounterVec::new(
+                Opts::new(
+                    "arc_shard_away_seconds_total",
+                    "Time without a connection to a shard, from its loss to its return, by shard",
+                ),
+                &["shard"],
+            )),
+            joins: r.counter(
+                "arc_joins_total",
+                "Times that this worker joined a job that was running already",
+            ),
+            superseded: r.counter(
+                "arc_superseded_total",
+                "Times that the job went on without this worker for too long, so that it had to join again",
+            ),
+            behind_steps: r.counter(
+                "arc_behind_steps_total",
+                "Steps that had closed without this worker and whose results it replayed",
+            ),
+            late_contributions: r.counter(
+                "arc_uncounted_steps_total",
+                "Steps in which some of this worker's contributions came too late to be counted; they stay in its residual",
+            ),
+            digest_mismatches: r.counter(
+                "arc_digest_mismatches_total",
+                "Comparisons in which the workers' parameters were not all the same",
+            ),
+            snapshots: r.counters("arc_snapshots_total", "Snapshots that were due, by outcome", &["outcome"]),
+            snapshot_bytes: r.counter(
+                "arc_snapshot_uploaded_bytes_total",
+                "Bytes of snapshots that this worker put into the shards' store",
+            ),
+            snapshot_seconds: r.histogram(
+                "arc_snapshot_upload_seconds",
+                "Time of a snapshot's upload, which runs beside training",
+                LONG_SECONDS,
+            ),
             registry: r.0,
         };
+        SnapshotEnd::ALL
+            .iter()
+            .for_each(|end| drop(metrics.snapshots.with_label_values(&[end.label()])));
         StepEnd::ALL
             .iter()
             .for_each(|end| drop(metrics.steps.with_label_values(&[end.label()])));
@@ -104,6 +161,56 @@ impl WorkerMetrics {
     /// Norm of the gradient.
     pub fn set_gradient_norm(&self, norm: f64) {
         self.gradient_norm.set(norm);
+    }
+
+    /// Workers in the job.
+    pub fn set_members(&self, members: u16) {
+        self.members.set(i64::from(members));
+    }
+
+    /// The connection to `shard` is back, `away_seconds` after it was lost.
+    pub fn reconnected(&self, shard: u16, away_seconds: f64) {
+        let label = peer_label(shard);
+        self.reconnects.with_label_values(&[&label]).inc();
+        self.away_seconds
+            .with_label_values(&[&label])
+            .inc_by(away_seconds.max(0.0));
+    }
+
+    /// This worker joined a job that was running already.
+    pub fn joined_running_job(&self) {
+        self.joins.inc();
+    }
+
+    /// The job went on without this worker for too long.
+    pub fn superseded(&self) {
+        self.superseded.inc();
+    }
+
+    /// A step had closed without this worker.
+    pub fn behind(&self) {
+        self.behind_steps.inc();
+    }
+
+    /// Some of a step's contributions came too late.
+    pub fn uncounted(&self) {
+        self.late_contributions.inc();
+    }
+
+    /// The workers' parameters were not all the same.
+    pub fn digests_differ(&self) {
+        self.digest_mismatches.inc();
+    }
+
+    /// What became of a snapshot that was due.
+    pub fn snapshot_ended(&self, end: SnapshotEnd) {
+        self.snapshots.with_label_values(&[end.label()]).inc();
+    }
+
+    /// A snapshot's part was stored.
+    pub fn snapshot_uploaded(&self, bytes: u64, seconds: f64) {
+        self.snapshot_bytes.inc_by(bytes);
+        self.snapshot_seconds.observe(seconds);
     }
 
     /// Tokens or images of a step.

@@ -32,6 +32,7 @@ const DIGEST: u8 = 11;
 const DIGESTS_DIFFER: u8 = 12;
 const DONATE: u8 = 13;
 const DONATED: u8 = 14;
+const DONATING: u8 = 15;
 
 const JOIN: u8 = 0;
 const MEMBER: u8 = 1;
@@ -105,6 +106,7 @@ impl Control {
             Self::Digest { .. } => "Digest",
             Self::DigestsDiffer { .. } => "DigestsDiffer",
             Self::Donate => "Donate",
+            Self::Donating { .. } => "Donating",
             Self::Donated { .. } => "Donated",
         }
     }
@@ -168,6 +170,10 @@ impl Control {
                 write_ranks(&mut w, ranks);
             }
             Self::Donate => w.u8(DONATE),
+            Self::Donating { step } => {
+                w.u8(DONATING);
+                w.u64(step.0);
+            }
             Self::Donated { step } => {
                 w.u8(DONATED);
                 w.u64(step.0);
@@ -255,6 +261,9 @@ impl Control {
                 ranks: read_ranks(&mut r)?,
             },
             DONATE => Self::Donate,
+            DONATING => Self::Donating {
+                step: Step(r.u64("step")?),
+            },
             DONATED => Self::Donated {
                 step: Step(r.u64("step")?),
             },

@@ -310,6 +310,11 @@ pub enum Control {
     },
     /// Shard 0 → worker: put a snapshot of the replica into the store at the next step's end, for one that joins.
     Donate,
+    /// Worker → shards: the snapshot is on its way to the store. Somebody will replay the rounds from its step on.
+    Donating {
+        /// Its step.
+        step: Step,
+    },
     /// Worker → shard 0: the snapshot is in the store.
     Donated {
         /// Its step.

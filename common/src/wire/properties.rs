@@ -95,6 +95,7 @@ fn any_progress() -> impl Strategy<Value = Control> {
         any::<u32>().prop_map(|frames| Control::Retelling { frames }),
         any::<u64>().prop_map(|step| Control::Ready { step: Step(step) }),
         any::<u64>().prop_map(|step| Control::Donated { step: Step(step) }),
+        any::<u64>().prop_map(|step| Control::Donating { step: Step(step) }),
         any::<(u64, [u8; 32])>().prop_map(|(step, digest)| Control::Digest {
             step: Step(step),
             digest

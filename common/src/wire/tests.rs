@@ -233,6 +233,7 @@ fn other_control_bytes() {
         ),
         (Control::Donate, "0d"),
         (Control::Donated { step: Step(7) }, "0e 0700000000000000"),
+        (Control::Donating { step: Step(7) }, "0f 0700000000000000"),
         (Control::Leave, "06"),
         (
             Control::Report {
@@ -494,10 +495,10 @@ fn texts_for_people_are_cut_at_a_character() {
 fn control_messages_that_break_a_rule_are_refused() {
     let refused = |text| Control::decode(&dump(text)).unwrap_err();
     assert_eq!(
-        refused("0f"),
+        refused("10"),
         WireError::Unknown {
             what: "control tag",
-            value: 15
+            value: 16
         }
     );
     assert_eq!(

@@ -38,4 +38,6 @@ pub use stream::{
     read_message, write_error, write_frame, write_message,
 };
 
-pub use quinn::{Connection, Endpoint, ReadError, RecvStream, SendStream, VarInt, WriteError};
+pub use quinn::{
+    Connection, Endpoint, ReadError, ReadExactError, RecvStream, SendStream, VarInt, WriteError,
+};

@@ -49,6 +49,8 @@ fn header(body_bytes: usize) -> FrameHeader {
         step: Step(7),
         update: 6,
         body_bytes: body_bytes as u32,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 

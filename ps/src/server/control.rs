@@ -184,6 +184,7 @@ fn event_of(session: SessionId, message: Control) -> Option<Event> {
         | Control::Away
         | Control::Ready { .. }
         | Control::Digest { .. }
+        | Control::Donating { .. }
         | Control::Donated { .. }
         | Control::Membership { .. } => Some(Event::Control { session, message }),
         Control::Hello(_)

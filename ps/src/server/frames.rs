@@ -5,7 +5,7 @@
 //! A connection that trickles stands still: otherwise one byte now and then would hold a round open for ever.
 
 use arc_topk_common::wire::{FrameHeader, HEADER_BYTES, WireError};
-use arc_topk_transport::RecvStream;
+use arc_topk_transport::{ReadError, ReadExactError, RecvStream};
 use bytes::{Bytes, BytesMut};
 use core::sync::atomic::{AtomicU64, Ordering};
 use core::time::Duration;
@@ -66,6 +66,9 @@ pub(super) enum FrameFault {
     /// The connection or stream is gone; the session's end says why.
     #[error("the worker gave up the stream of a round ({0})")]
     Gone(String),
+    /// Between two frames.
+    #[error("the worker finished a stream on which a frame was due")]
+    Finished,
     #[error(
         "a stream was opened and no frame came on it within {:.1} s: a worker opens a stream when it has something to send; run the same release everywhere", .0.as_secs_f64()
     )]
@@ -107,10 +110,16 @@ pub(super) async fn read(
         }
         None => reading.await,
     };
-    read.map_err(|error| FrameFault::Gone(error.to_string()))?;
+    read.map_err(|error| match error {
+        ReadExactError::FinishedEarly(0) => FrameFault::Finished,
+        error => FrameFault::Gone(error.to_string()),
+    })?;
     patience.read(HEADER_BYTES);
     let header = FrameHeader::decode(&bytes)?;
-    let body = read_body(stream, header.body_bytes as usize, limit, &patience).await?;
+    // More frames may follow at once on the stream of held answers alone.
+    let alone = !header.flags.held;
+    let expected = header.body_bytes as usize;
+    let body = read_body(stream, expected, limit, alone, &patience).await?;
     Ok((header, body))
 }
 
@@ -118,6 +127,7 @@ async fn read_body(
     stream: &mut RecvStream,
     expected: usize,
     limit: usize,
+    alone: bool,
     patience: &Patience<'_>,
 ) -> Result<Bytes, FrameFault> {
     if expected > limit {
@@ -129,7 +139,7 @@ async fn read_body(
     let mut body = BytesMut::with_capacity(expected.min(FIRST_ALLOCATION_BYTES));
     let mut seen = patience.received();
     // One patience for the whole body: with one for every piece, a piece now and then would be enough.
-    let reading = read_pieces(stream, &mut body, expected, patience);
+    let reading = read_pieces(stream, &mut body, expected, alone, patience);
     match while_moving(patience.body, &|| patience.received(), &mut seen, reading).await {
         Some(read) => read?,
         None => {
@@ -143,17 +153,22 @@ async fn read_body(
     Ok(body.freeze())
 }
 
-/// Fills `body` up to what is expected.
+/// Fills `body` up to what is expected, and leaves what comes after it if that is another frame.
 async fn read_pieces(
     stream: &mut RecvStream,
     body: &mut BytesMut,
     expected: usize,
+    alone: bool,
     patience: &Patience<'_>,
 ) -> Result<(), FrameFault> {
     let mut pieces: [Bytes; PIECES] = core::array::from_fn(|_| Bytes::new());
     while body.len() < expected {
         let got = body.len();
-        let read = stream.read_chunks(&mut pieces).await;
+        let read = if alone {
+            stream.read_chunks(&mut pieces).await
+        } else {
+            one_piece(stream, &mut pieces, expected - got).await
+        };
         let Some(count) = read.map_err(|error| FrameFault::Gone(error.to_string()))? else {
             return Err(FrameFault::Truncated { got, expected });
         };
@@ -171,6 +186,19 @@ async fn read_pieces(
         }
     }
     Ok(())
+}
+
+/// The next piece, of no more than what is `missing`.
+async fn one_piece(
+    stream: &mut RecvStream,
+    pieces: &mut [Bytes; PIECES],
+    missing: usize,
+) -> Result<Option<usize>, ReadError> {
+    let chunk = stream.read_chunk(missing, true).await?;
+    Ok(chunk.map(|chunk| {
+        pieces[0] = chunk.bytes;
+        1
+    }))
 }
 
 /// Doubles, but never past what the frame holds.

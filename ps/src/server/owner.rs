@@ -10,8 +10,8 @@ use std::sync::Arc;
 use std::time::Instant;
 use tokio::sync::{mpsc, oneshot};
 
-/// Streams that a worker may have open beside those of rounds, for answers that it tells again.
-const HELD_STREAMS: u32 = 16;
+/// Streams that a worker may have open beside those of rounds: one for answers that it tells.
+const HELD_STREAMS: u32 = 1;
 
 /// What the owner is asked.
 #[derive(Debug)]

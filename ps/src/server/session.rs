@@ -219,8 +219,8 @@ async fn round_stream(session: RoundSession, mut send: SendStream, mut recv: Rec
         };
         observe::header(hub, Flow::Up);
         wait_at_random(hub.chaos_delay).await;
-        if header.flags.held {
-            return held(&hub, id, send, registration.is_none(), (header, body)).await;
+        if header.flags.held && registration.is_none() {
+            return held(&session, (send, recv), (header, body)).await;
         }
         let key = (id, header.step, header.bucket);
         match &registration {
@@ -228,7 +228,7 @@ async fn round_stream(session: RoundSession, mut send: SendStream, mut recv: Rec
                 hub.streams.insert(key, answer.clone());
                 registration = Some(Registration { hub, key });
             }
-            Some(registration) if registration.key != key => {
+            Some(registration) if registration.key != key || header.flags.held => {
                 let detail = "a stream carries one round, but frames of two came on it; run the same release everywhere";
                 return hub.event(violation(id, detail.to_owned())).await;
             }
@@ -258,27 +258,44 @@ async fn round_stream(session: RoundSession, mut send: SendStream, mut recv: Rec
     }
 }
 
-/// An answer that the worker holds, told to a shard that has forgotten it. None comes back.
+/// Answers that the worker holds, told to a shard that has forgotten them. Nothing comes back.
 async fn held(
-    hub: &Hub,
-    id: SessionId,
-    mut send: SendStream,
-    alone: bool,
-    (header, body): (FrameHeader, Bytes),
+    session: &RoundSession,
+    (mut send, mut recv): (SendStream, RecvStream),
+    first: (FrameHeader, Bytes),
 ) {
-    if !alone {
-        let detail = "a held answer came on the stream of a round; run the same release everywhere";
-        return hub.event(violation(id, detail.to_owned())).await;
-    }
+    let RoundSession { hub, id, .. } = session;
+    let id = *id;
     // Already finished means that the peer stopped it.
     let _stopped = send.finish();
-    let session = id;
-    hub.event(Event::Round {
-        session,
-        header,
-        body,
-    })
-    .await;
+    let mut next = Some(first);
+    while let Some((header, body)) = next {
+        if !header.flags.held {
+            let detail =
+                "the stream of held answers brought another frame; run the same release everywhere";
+            return hub.event(violation(id, detail.to_owned())).await;
+        }
+        let round = Event::Round {
+            session: id,
+            header,
+            body,
+        };
+        hub.event(round).await;
+        let limit = hub.body_limit.load(Ordering::Relaxed);
+        let patience = frames::Patience {
+            received: &session.received,
+            header: Some(hub.timeouts.header),
+            body: hub.timeouts.body,
+        };
+        next = match frames::read(&mut recv, limit, patience).await {
+            Ok(frame) => Some(frame),
+            Err(FrameFault::Finished) => None,
+            Err(fault) => return faulty(hub, id, &fault).await,
+        };
+        if next.is_some() {
+            observe::header(hub, Flow::Up);
+        }
+    }
 }
 
 /// `None` if the peer grants no room for the answer, while nothing else goes to it either: it would keep its places, and a

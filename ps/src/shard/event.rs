@@ -1,6 +1,6 @@
 //! What goes into the machine and what comes out of it.
 
-use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, ShardId, Step};
+use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::wire::{Control, FrameHeader, Hello, RefusalCode};
 use bytes::Bytes;
 use core::time::Duration;
@@ -135,13 +135,6 @@ pub enum Event {
         session: SessionId,
         /// It.
         message: Control,
-    },
-    /// The snapshot store begins to take in a replica of this step: someone will replay what comes after it.
-    Pin {
-        /// Of this run.
-        run: RunId,
-        /// Its step.
-        step: Step,
     },
     /// A worker leaves in order.
     Leave {

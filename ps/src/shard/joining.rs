@@ -352,8 +352,11 @@ impl Shard {
         self.tell_members(&format!("rank {rank} ({}) joins", applicant.host), out);
     }
 
-    pub(super) fn pin(&mut self, now: Duration, run: RunId, step: Step) {
-        if let Some(job) = self.job.as_mut().filter(|job| job.run == run) {
+    /// Somebody is going to replay the rounds from `step` on.
+    pub(super) fn donating(&mut self, now: Duration, session: SessionId, step: Step) {
+        if let Some(job) = &mut self.job
+            && job.members.rank(session).is_some()
+        {
             job.rounds.pin(now, step);
         }
     }

@@ -261,7 +261,6 @@ impl Shard {
             } => self.frame(now, session, header, body, out),
             Event::Control { session, message } => self.control(now, session, message, out),
             Event::Report { session, report } => self.report(session, report, out),
-            Event::Pin { run, step } => self.pin(now, run, step),
             Event::Leave { session } => self.leave(now, session, out),
             Event::Closed {
                 session,
@@ -332,6 +331,7 @@ impl Shard {
             Control::Away => self.cut_off(now, session, out),
             Control::Ready { step } => self.ready(now, session, step, out),
             Control::Digest { step, digest } => self.digest(now, session, step, digest, out),
+            Control::Donating { step } => self.donating(now, session, step),
             Control::Donated { step } => self.donated(now, session, step, out),
             Control::Membership {
                 epoch,

@@ -11,7 +11,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, Hello, PROTOCOL_VERSION, RefusalCode,
+    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, RefusalCode,
+    Welcome,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -43,13 +44,7 @@ pub fn options(identity: impl Into<IdentitySource>, world: u16) -> ServeOptions 
         admin: Some(any),
         identity: identity.into(),
         transport: TransportConfig::default(),
-        shard: ShardConfig {
-            shard: ShardId(0),
-            shards: 1,
-            job: "job".to_owned(),
-            world,
-            min_workers: 1,
-        },
+        shard: ShardConfig::new("job", ShardId(0), 1, world),
         chaos_delay: Duration::ZERO,
         timeouts: Timeouts::default(),
     }
@@ -89,14 +84,21 @@ pub fn spec_of(rows: u64) -> PlanSpec {
     }
 }
 
+pub fn join(rank: Option<Rank>) -> Intent {
+    Intent::Join {
+        rank,
+        world: None,
+        start_step: Step(0),
+        elastic: false,
+    }
+}
+
 pub fn hello() -> Hello {
     Hello {
         protocol: PROTOCOL_VERSION,
         job: "job".to_owned(),
         incarnation: [7; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
+        intent: join(None),
         shard: 0,
         host: "test".to_owned(),
         plan: spec(),
@@ -107,7 +109,7 @@ pub struct Worker {
     pub connection: Connection,
     pub control: ControlStream,
     /// Once welcomed.
-    pub rank: Option<Rank>,
+    pub welcome: Option<Welcome>,
     /// Of the plan of its Hello.
     pub elements: usize,
 }
@@ -135,9 +137,13 @@ impl Worker {
         Self {
             connection,
             control,
-            rank: None,
+            welcome: None,
             elements: elements as usize,
         }
+    }
+
+    pub fn rank(&self) -> Rank {
+        self.welcome.as_ref().unwrap().place.rank
     }
 
     pub async fn message(&mut self) -> Control {
@@ -160,7 +166,9 @@ impl Worker {
     pub async fn welcome(&mut self) -> Rank {
         loop {
             match self.message().await {
-                Control::Welcome(welcome) => return *self.rank.insert(welcome.rank),
+                Control::Welcome(welcome) => {
+                    return self.welcome.insert(welcome).place.rank;
+                }
                 Control::Waiting { .. } => {}
                 other => panic!("{other:?}"),
             }
@@ -189,6 +197,8 @@ pub fn header(step: u64, bytes: usize) -> FrameHeader {
         step: Step(step),
         update: step,
         body_bytes: bytes as u32,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 

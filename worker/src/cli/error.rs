@@ -39,6 +39,20 @@ pub(crate) enum CliError {
     #[error(transparent)]
     Train(#[from] TrainError),
     #[error(transparent)]
+    Record(#[from] crate::record::RecordError),
+    #[error(
+        "{} holds snapshots of an earlier run: pass --resume to go on from the newest, or another --run-dir, or remove it",
+        dir.display()
+    )]
+    SnapshotsInUse { dir: PathBuf },
+    #[error(transparent)]
+    Store(#[from] crate::store::StoreError),
+    #[error(
+        "the job has ended while this worker was away, so there is nothing that it could join again; start all workers \
+         again, with --resume if there are snapshots or checkpoints"
+    )]
+    NothingToJoin,
+    #[error(transparent)]
     Report(#[from] ReportError),
     #[error(transparent)]
     Admin(#[from] arc_topk_ps::server::admin::AdminBindError),

@@ -1,15 +1,18 @@
 //! A job's processes on this machine, from their certificates to their last log line.
 //!
 //! Shards first, on ports of the system's choice, then workers. When all workers have ended the shards are asked to.
-//! A worker that fails is reported and the others go on: the shards close its rounds with those present.
+//! A worker that fails is reported and the others go on: the shards close its rounds with those present. If the job's
+//! [`RestartPolicy`] says so, it is started again and joins them; so is a shard, on its port, and is told by the workers
+//! what it must know.
 
 use super::error::CliError;
+use super::lives::Lives;
 use super::process::{Output, Process, tail};
 use super::progress::Progress;
 use super::stop::Signals;
 use super::words::flags;
-use crate::record::{STEPS_FILE, SUMMARY_FILE, StepRecord};
-use arc_topk_common::config::{AlgorithmConfig, TrainArgs};
+use crate::record::{STEPS_FILE, SUMMARY_FILE, StepRecord, worker_directories};
+use arc_topk_common::config::{AlgorithmConfig, ElasticArgs, RestartPolicy, TrainArgs};
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
 use std::ffi::OsString;
 use std::net::SocketAddr;
@@ -45,6 +48,10 @@ pub(super) struct JobSpec {
     pub(super) train: TrainArgs,
     /// What workers are told.
     pub(super) algorithm: AlgorithmConfig,
+    /// Workers that come, go or lag.
+    pub(super) elastic: ElasticArgs,
+    /// What becomes of processes that die.
+    pub(super) restart: RestartPolicy,
     /// Directory of the run: `worker-<rank>/` and `logs/`.
     pub(super) dir: PathBuf,
     /// Most milliseconds by which a shard delays each answer, at random. For tests.
@@ -81,6 +88,8 @@ pub(super) async fn run(spec: &JobSpec, progress: &mut Progress) -> Result<(), C
     }
     match job.failed {
         0 => Ok(()),
+        // Training reached its last step, if with fewer workers.
+        _ if spec.restart == RestartPolicy::OnFailure && job.done => Ok(()),
         failed => Err(CliError::Job {
             failed,
             logs: spec.dir.join("logs"),
@@ -97,9 +106,13 @@ struct Job<'a> {
     /// Shards, then workers.
     processes: Vec<Process>,
     ended: Vec<bool>,
+    lives: Vec<Lives>,
+    /// Some worker reached the last step.
+    done: bool,
     events: UnboundedReceiver<(usize, Output)>,
     sender: UnboundedSender<(usize, Output)>,
     addresses: Vec<String>,
+    pages: Vec<Option<SocketAddr>>,
     failed: usize,
 }
 
@@ -114,6 +127,7 @@ impl<'a> Job<'a> {
         })?;
         if !spec.train.resume {
             forget_records(&spec.dir)?;
+            check_unused(&spec.snapshots())?;
         }
         let executable = std::env::current_exe();
         let executable = executable.map_err(|source| CliError::System {
@@ -134,29 +148,66 @@ impl<'a> Job<'a> {
             _certs_dir: certs_dir,
             processes: Vec::new(),
             ended: Vec::new(),
+            lives: Vec::new(),
+            done: false,
             events,
             sender,
             addresses: vec![String::new(); usize::from(spec.shards)],
+            pages: vec![None; usize::from(spec.shards)],
             failed: 0,
         })
     }
 
     fn start(&mut self, name: String, command: Command) -> Result<(), CliError> {
-        let log = self
-            .spec
-            .dir
-            .join("logs")
-            .join(format!("{}.log", name.replace(' ', "-")));
-        let process = Process::start(
-            self.processes.len(),
-            name,
-            command,
-            log,
-            self.sender.clone(),
-        )?;
+        let index = self.processes.len();
+        let process = self.spawn(index, name, command, 0)?;
         self.processes.push(process);
         self.ended.push(false);
+        self.lives.push(Lives::new(std::time::Instant::now()));
         Ok(())
+    }
+
+    fn spawn(
+        &self,
+        index: usize,
+        name: String,
+        command: Command,
+        life: usize,
+    ) -> Result<Process, CliError> {
+        let mut file = name.replace(' ', "-");
+        if life > 0 {
+            file += &format!(".{life}");
+        }
+        let log = self.spec.dir.join("logs").join(format!("{file}.log"));
+        Process::start(index, name, command, log, self.sender.clone())
+    }
+
+    /// Starts a process that has died once more, if it is to be and has not died too often.
+    fn start_again(&mut self, index: usize, status: ExitStatus, progress: &mut Progress) -> bool {
+        if self.spec.restart == RestartPolicy::Never || self.done {
+            return false;
+        }
+        let Some(life) = self.lives[index].next(std::time::Instant::now(), status) else {
+            return false;
+        };
+        let name = self.processes[index].name.clone();
+        let shards = usize::from(self.spec.shards);
+        let command = match index.checked_sub(shards) {
+            None => self.shard(index as u16),
+            Some(rank) if self.spec.program.is_empty() => self.trainer(rank as u16, true),
+            Some(rank) => self.user_program(rank as u16),
+        };
+        match self.spawn(index, name, command, life) {
+            Ok(process) => {
+                progress.complaint(&format!("arc-worker: {} is started again", process.name));
+                self.processes[index] = process;
+                true
+            }
+            Err(error) => {
+                progress.complaint(&format!("arc-worker: {error}"));
+                false
+            }
+        }
     }
 
     /// This program again, told by flags alone.
@@ -171,39 +222,50 @@ impl<'a> Job<'a> {
 
     /// Starts all shards and waits until workers can connect. Returns the address of shard 0's page.
     async fn start_shards(&mut self) -> Result<Option<SocketAddr>, CliError> {
-        let spec = self.spec;
-        for shard in 0..spec.shards {
-            let mut command = self.itself("ps");
-            let admin = spec.admin.map_or_else(
-                || "off".to_owned(),
-                |address| {
-                    if shard == 0 {
-                        free_or_any(address).to_string()
-                    } else {
-                        format!("{}:0", address.ip())
-                    }
-                },
-            );
-            command
-                .arg("--ready-json")
-                .arg("--listen=127.0.0.1:0")
-                .arg(format!("--admin={admin}"));
-            command
-                .arg(format!("--shard={shard}"))
-                .arg(format!("--shards={}", spec.shards));
-            command.arg(format!("--workers={}", spec.workers));
-            if spec.chaos_delay_ms > 0 {
-                command.arg(format!("--chaos-delay-ms={}", spec.chaos_delay_ms));
-            }
-            command.arg("--certs").arg(&self.certs.shard);
+        for shard in 0..self.spec.shards {
+            let command = self.shard(shard);
             self.start(format!("shard {shard}"), command)?;
         }
         self.await_shards().await
     }
 
+    /// A shard: on a port of the system's choice, or on the one that it had.
+    fn shard(&self, shard: u16) -> Command {
+        let spec = self.spec;
+        let mut command = self.itself("ps");
+        let at = usize::from(shard);
+        let admin = match (spec.admin, self.pages[at]) {
+            (None, _) => "off".to_owned(),
+            (_, Some(page)) => page.to_string(),
+            (Some(address), None) if shard == 0 => free_or_any(address).to_string(),
+            (Some(address), None) => format!("{}:0", address.ip()),
+        };
+        let listen = match self.addresses[at].as_str() {
+            "" => "127.0.0.1:0",
+            known => known,
+        };
+        command
+            .arg("--ready-json")
+            .arg(format!("--listen={listen}"))
+            .arg(format!("--admin={admin}"));
+        command
+            .arg(format!("--shard={shard}"))
+            .arg(format!("--shards={}", spec.shards))
+            .arg(format!("--workers={}", spec.workers))
+            .args(flags(&spec.elastic, &[]));
+        if spec.train.snapshot_every > 0 || spec.snapshots().is_dir() {
+            let dir = spec.snapshots().join(format!("shard-{shard}"));
+            command.arg("--snapshot-dir").arg(dir);
+        }
+        if spec.chaos_delay_ms > 0 {
+            command.arg(format!("--chaos-delay-ms={}", spec.chaos_delay_ms));
+        }
+        command.arg("--certs").arg(&self.certs.shard);
+        command
+    }
+
     async fn await_shards(&mut self) -> Result<Option<SocketAddr>, CliError> {
         let deadline = Instant::now() + READY_TIMEOUT;
-        let mut page = None;
         while self.addresses.iter().any(String::is_empty) {
             let event = timeout_at(deadline, self.events.recv()).await;
             let Ok(Some((shard, output))) = event else {
@@ -226,15 +288,12 @@ impl<'a> Job<'a> {
                     if let Some(address) = ready["quic"].as_str() {
                         address.clone_into(&mut self.addresses[shard]);
                     }
-                    if shard == 0 {
-                        page = ready["admin"]
-                            .as_str()
-                            .and_then(|address| address.parse().ok());
-                    }
+                    let page = ready["admin"].as_str();
+                    self.pages[shard] = page.and_then(|address| address.parse().ok());
                 }
             }
         }
-        Ok(page)
+        Ok(self.pages[0])
     }
 
     fn not_ready(&self, index: usize, reason: String) -> CliError {
@@ -249,7 +308,7 @@ impl<'a> Job<'a> {
     fn start_workers(&mut self) -> Result<(), CliError> {
         for rank in 0..self.spec.workers {
             let command = if self.spec.program.is_empty() {
-                self.trainer(rank)
+                self.trainer(rank, false)
             } else {
                 self.user_program(rank)
             };
@@ -262,16 +321,19 @@ impl<'a> Job<'a> {
         self.spec.dir.join(format!("worker-{rank}"))
     }
 
-    fn trainer(&self, rank: u16) -> Command {
+    fn trainer(&self, rank: u16, again: bool) -> Command {
         let spec = self.spec;
         let mut command = self.itself("train");
+        let mut train = spec.train.clone();
+        // Should all workers have died, the job goes on from where it was.
+        train.resume |= again && (train.snapshot_every > 0 || train.checkpoint_dir.is_some());
         command
-            .args(flags(&spec.train, &["run_dir", "json"]))
+            .args(flags(&train, &["run_dir", "json"]))
             .args(flags(&spec.algorithm, &[]));
         command
             .arg("--json")
             .arg("--run-dir")
-            .arg(self.worker_dir(rank))
+            .arg(spec.dir.join("worker-{rank}"))
             .arg("--certs")
             .arg(&self.certs.worker);
         command.arg(format!("--shard-addresses={}", self.addresses.join(",")));
@@ -279,6 +341,10 @@ impl<'a> Job<'a> {
             .arg(format!("--rank={rank}"))
             .arg(format!("--workers={}", spec.workers))
             .arg("--admin=off");
+        if spec.restart == RestartPolicy::Never {
+            // Long enough for a connection, too short to wait for what nobody starts again.
+            command.arg("--reconnect-timeout-seconds=10");
+        }
         command
     }
 
@@ -332,24 +398,50 @@ impl<'a> Job<'a> {
     fn note(&mut self, index: usize, output: Output, stopping: bool, progress: &mut Progress) {
         let rank = index.checked_sub(usize::from(self.spec.shards));
         match (output, rank) {
-            (Output::Line(line), Some(rank)) => worker_line(rank, &line, progress),
+            (Output::Line(line), Some(rank)) => {
+                self.lives[index].took_part |= worker_line(rank, &line, progress);
+            }
             (Output::Line(_), None) => {}
             (Output::Ended(status), _) => {
-                self.ended[index] = true;
-                if !status.success() && !stopping {
-                    self.failed += 1;
+                let dismissed = self.lives[index].dismissed;
+                if status.success() && rank.is_some() {
+                    self.done = true;
+                }
+                if status.success() || stopping || dismissed {
+                    self.ended[index] = true;
+                } else {
                     progress.complaint(&complaint(&self.processes[index], status));
-                    let left = self.ended[usize::from(self.spec.shards)..]
-                        .iter()
-                        .filter(|ended| !**ended)
-                        .count();
-                    if rank.is_some() && left > 0 {
-                        progress.complaint(&format!(
-                            "arc-worker: the job goes on with the other workers, {left} of {}",
-                            self.spec.workers
-                        ));
+                    if !self.start_again(index, status, progress) {
+                        self.ended[index] = true;
+                        self.failed += 1;
+                        self.say_who_is_left(rank, progress);
                     }
                 }
+                if self.done {
+                    self.dismiss_latecomers();
+                }
+            }
+        }
+    }
+
+    fn say_who_is_left(&self, rank: Option<usize>, progress: &mut Progress) {
+        let workers = &self.ended[usize::from(self.spec.shards)..];
+        let left = workers.iter().filter(|ended| !**ended).count();
+        if rank.is_some() && left > 0 {
+            progress.complaint(&format!(
+                "arc-worker: the job goes on with the other workers, {left} of {}",
+                self.spec.workers
+            ));
+        }
+    }
+
+    /// Those that were started again and have not got into the job: it is over, and they would wait for another one.
+    fn dismiss_latecomers(&mut self) {
+        for index in usize::from(self.spec.shards)..self.processes.len() {
+            let life = &mut self.lives[index];
+            if !self.ended[index] && life.is_again() && !life.took_part && !life.dismissed {
+                life.dismissed = true;
+                self.processes[index].terminate();
             }
         }
     }
@@ -372,21 +464,34 @@ impl<'a> Job<'a> {
     }
 }
 
-/// A worker's line: a step or a message as JSON, or whatever a user's program prints.
-fn worker_line(rank: usize, line: &str, progress: &mut Progress) {
+impl JobSpec {
+    /// Directory of the shards' snapshots.
+    fn snapshots(&self) -> PathBuf {
+        self.dir.join("snapshots")
+    }
+}
+
+/// A worker's line: a step or a message as JSON, or whatever a user's program prints. Whether it was a step.
+fn worker_line(slot: usize, line: &str, progress: &mut Progress) -> bool {
     let fields: serde_json::Value = serde_json::from_str(line).unwrap_or_default();
+    let rank = fields["rank"].as_u64();
+    let rank = rank
+        .and_then(|rank| usize::try_from(rank).ok())
+        .unwrap_or(slot);
     match fields["event"].as_str() {
         Some("step") => {
             if let Ok(record) = serde_json::from_value::<StepRecord>(fields) {
                 progress.step(rank, &record);
             }
+            return true;
         }
         Some("message") => {
             progress.message(Some(rank), fields["text"].as_str().unwrap_or_default())
         }
         Some(_) => {}
-        None => progress.complaint(&format!("[{rank}] {line}")),
+        None => progress.complaint(&format!("[{slot}] {line}")),
     }
+    false
 }
 
 fn complaint(process: &Process, status: ExitStatus) -> String {
@@ -416,13 +521,23 @@ fn free_or_any(address: SocketAddr) -> SocketAddr {
     }
 }
 
+/// Snapshots of an earlier run must neither be taken for this one's nor push its own out.
+fn check_unused(snapshots: &Path) -> Result<(), CliError> {
+    let held = |dir: std::fs::DirEntry| {
+        let entries = std::fs::read_dir(dir.path());
+        entries.is_ok_and(|mut entries| entries.next().is_some())
+    };
+    let dirs = std::fs::read_dir(snapshots).into_iter().flatten();
+    if dirs.flatten().any(held) {
+        let dir = snapshots.to_owned();
+        return Err(CliError::SnapshotsInUse { dir });
+    }
+    Ok(())
+}
+
 /// Removes the records of an earlier run with more workers, which would be taken for this one's.
 fn forget_records(dir: &Path) -> Result<(), CliError> {
-    for rank in 0.. {
-        let worker = dir.join(format!("worker-{rank}"));
-        if !worker.is_dir() {
-            break;
-        }
+    for worker in worker_directories(dir)? {
         for file in [STEPS_FILE, SUMMARY_FILE] {
             let path = worker.join(file);
             if path.exists() {

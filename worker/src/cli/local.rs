@@ -17,7 +17,8 @@ use std::path::{Path, PathBuf};
 /// Start the shards and workers of a whole job on this machine, and run it.
 ///
 /// Real processes of this program talk over QUIC on loopback, with certificates made for this run alone. Records go to
-/// `--run-dir`: `worker-<rank>/` and `logs/`. With `--compare` the job runs twice, dense first, each at its own learning
+/// `--run-dir`: `worker-<rank>/` and `logs/`. A process that dies is started again and takes part again (--restart); a worker
+/// then has a new rank. With `--compare` the job runs twice, dense first, each at its own learning
 /// rate, and is compared at the end in a table and an HTML page.
 #[derive(Args, Debug)]
 #[command(after_help = LOCAL_EXAMPLES)]
@@ -155,6 +156,7 @@ impl LocalSettings {
         self.local.validate()?;
         self.train.validate()?;
         self.algorithm.validate()?;
+        self.local.elastic.validate_with(&self.algorithm)?;
         start_log(&self.common.log)?;
         let mut train = self.train.clone();
         if train.data.is_none() && train.task == arc_topk_common::config::Task::Lm {
@@ -183,6 +185,8 @@ impl LocalSettings {
             log: self.common.log.clone(),
             workers: self.local.workers,
             shards: self.local.shards,
+            elastic: self.local.elastic.clone(),
+            restart: self.local.restart,
             admin: self.local.admin.0,
             train,
             algorithm: self.algorithm.clone(),

@@ -144,6 +144,10 @@ impl Reducer for MeteredReducer {
         self.inner.donation_due()
     }
 
+    fn donating(&mut self, step: Step) {
+        self.inner.donating(step);
+    }
+
     fn donated(&mut self, step: Step) {
         self.inner.donated(step);
     }
@@ -164,7 +168,7 @@ impl Reducer for MeteredReducer {
 /// What the worker's pages show.
 #[derive(Debug)]
 pub(super) struct Pages {
-    metrics: Arc<WorkerMetrics>,
+    pub(super) metrics: Arc<WorkerMetrics>,
     latest: Mutex<Option<StepRecord>>,
     rank: AtomicU64,
 }
@@ -205,8 +209,15 @@ impl Pages {
         phases
             .into_iter()
             .for_each(|(phase, seconds)| self.metrics.phase_ended(phase, f64::from(seconds)));
-        self.metrics
-            .set_training(record.step, f64::from(record.loss));
+        if record.behind {
+            self.metrics.behind();
+        } else {
+            self.metrics
+                .set_training(record.step, f64::from(record.loss));
+        }
+        if record.late {
+            self.metrics.uncounted();
+        }
         self.metrics.set_learning_rate(f64::from(record.lr));
         self.metrics.add_samples(record.tokens);
         if let Some(loss) = record.validation_loss {

@@ -5,6 +5,7 @@
 //! | `train` | one worker of a job, or a run without shards |
 //! | `local` | a whole job on this machine, the comparison, the demo |
 //! | `job` | a job's processes from start to end |
+//! | `lives` | when one that died is started again |
 //! | `process` | one of those processes: its log, its end |
 //! | `words` | settings as the command line of such a process |
 //! | `progress` | bars, lines and JSON from step records |
@@ -15,6 +16,7 @@
 
 mod error;
 mod job;
+mod lives;
 mod local;
 mod metered;
 mod plan;

@@ -62,6 +62,10 @@ impl Progress {
                 &serde_json::to_value(record).unwrap_or_default(),
             );
         }
+        if record.behind {
+            // A loss it has none, and the others are further.
+            return;
+        }
         let fresh = record.validation_loss.is_some();
         self.validation = record.validation_loss.or(self.validation);
         if rank >= self.latest.len() {
@@ -86,8 +90,8 @@ impl Progress {
                     &serde_json::json!({ "text": text }),
                 );
             }
-            // Every worker says the same of data and skipped steps.
-            (_, Some(rank)) if rank > 0 => {}
+            // Every worker says the same of data and skipped steps; of its own joining only itself.
+            (_, Some(rank)) if rank > self.speaker() && !text.starts_with("joined") => {}
             (Style::Bar(bar), _) => bar.println(format!("{}: {text}", self.name)),
             (Style::Lines { .. }, _) => eprintln!("{}: {text}", self.name),
         }
@@ -146,7 +150,7 @@ impl Progress {
 
     /// Means over the workers' latest records.
     fn text(&self) -> String {
-        let known = || self.latest.iter().flatten();
+        let known = || self.recent().map(|(_, record)| record);
         let count = known().count().max(1) as f64;
         let mean = |pick: fn(&StepRecord) -> f64| known().map(pick).sum::<f64>() / count;
         let moved = mean(|r| (r.bytes_sent + r.bytes_received) as f64);
@@ -167,6 +171,18 @@ impl Progress {
             );
         }
         text
+    }
+
+    /// Latest records of the workers that keep up, by rank: the others are lost.
+    fn recent(&self) -> impl Iterator<Item = (usize, &StepRecord)> {
+        let known = self.latest.iter().enumerate();
+        let known = known.filter_map(|(rank, record)| record.as_ref().map(|record| (rank, record)));
+        known.filter(|(_, record)| record.step + 3 > self.shown)
+    }
+
+    /// The rank that speaks for all.
+    fn speaker(&self) -> usize {
+        self.recent().next().map_or(0, |(rank, _)| rank)
     }
 
     fn json(&self, event: &str, rank: usize, fields: &serde_json::Value) {

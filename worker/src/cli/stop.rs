@@ -63,6 +63,14 @@ impl Stop {
         self.in_order.store(true, Ordering::SeqCst);
     }
 
+    /// From now on a signal ends the process at once again. One that was asked for in between does so, too.
+    pub(super) fn end_at_once(&self) {
+        self.in_order.store(false, Ordering::SeqCst);
+        if self.asked() {
+            std::process::exit(i32::from(INTERRUPTED));
+        }
+    }
+
     /// Whether to stop.
     pub(super) fn asked(&self) -> bool {
         self.asked.load(Ordering::SeqCst)

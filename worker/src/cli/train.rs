@@ -8,25 +8,32 @@ use super::{compressor_name, print, start_log};
 use crate::record::{RunSummary, StepRecord};
 use crate::reducer::Reducer;
 use crate::report::{Run, closing_table};
-use crate::session::{NetConfig, NetEvent, QuicReducer};
+use crate::session::{ConnectError, NetConfig, NetEvent, QuicReducer};
+use crate::store::{StoreClient, StoreConfig};
 use crate::train::{
-    self, LocalReducer, Observer, TrainConfig, TrainError, agreed_settings, data::Dataset,
-    parameters, resume_point, use_threads,
+    self, LocalReducer, Observer, SnapshotStore, TrainConfig, TrainError, agreed_settings,
+    data::Dataset, parameters, resume_point, use_threads,
 };
-use arc_topk_common::config::{AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs};
+use arc_topk_common::config::{
+    AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs, require,
+};
 use arc_topk_common::ids::{Rank, Step};
-use arc_topk_common::metrics::WorkerMetrics;
+use arc_topk_common::metrics::{SnapshotEnd, WorkerMetrics};
 use arc_topk_common::plan::PlanSpec;
+use arc_topk_common::wire::RefusalCode;
 use arc_topk_transport::IdentitySource;
 use arc_topk_transport::certs::Role;
 use clap::Args;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
 /// Train as one worker of a job, or alone.
 ///
-/// With --shard-addresses this worker joins the job that those shards serve, and starts when all workers are there.
-/// Without, it trains by itself: nothing is compressed and nothing is sent.
+/// With --shard-addresses this worker joins the job that those shards serve, and starts when all workers are there; if the
+/// job runs already, it takes its state from another worker and goes on with it. A worker without which the job has gone on
+/// for too long joins again by itself. `{rank}` in --run-dir stands for the rank that it is given. Without
+/// --shard-addresses it trains by itself: nothing is compressed and nothing is sent.
 #[derive(Args, Debug)]
 #[command(
     after_help = EXAMPLES,
@@ -86,57 +93,196 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
         let bound = metered::serve(address, Arc::clone(&pages))?;
         tracing::info!("metrics at http://{bound}/metrics");
     }
-    let mut reducer: Box<dyn Reducer> = if shards == 0 {
-        Box::new(LocalReducer::new(spec)?)
-    } else {
-        command.peers.validate()?;
-        let session = QuicReducer::connect(command.net_config()?, spec)?;
-        Box::new(MeteredReducer::new(session, metrics))
-    };
-    stop.end_in_order();
-    pages.joined(reducer.rank());
-    let rank = usize::from(reducer.rank().0);
-    let config = TrainConfig {
-        name: if shards == 0 {
-            "alone".to_owned()
-        } else {
-            compressor_name(&command.algorithm)
-        },
-        args: command.train.clone(),
-    };
+    let mut config = TrainConfig::new(&compressor_name(&command.algorithm), command.train.clone());
+    if shards == 0 {
+        config.name = "alone".to_owned();
+    }
     let mut watch = Watch {
-        rank,
+        rank: 0,
         progress: Progress::new(&config.name, 1, command.train.steps, command.train.json),
         pages,
         stop,
         steps: Vec::new(),
     };
-    let summary = train::run_on(&config, data, reducer.as_mut(), &mut watch)?;
-    reducer.leave();
+    let summary = if shards == 0 {
+        command.train_alone(config, spec, data, &mut watch)?
+    } else {
+        command.peers.validate()?;
+        command.train_in_job(&config, &spec, &data, &mut watch, &metrics)?
+    };
     watch.progress.finish();
     watch.conclude(&command.train, summary)
 }
 
 impl TrainCommand {
-    fn net_config(&self) -> Result<NetConfig, CliError> {
+    fn train_alone(
+        &self,
+        mut config: TrainConfig,
+        spec: PlanSpec,
+        data: Arc<Dataset>,
+        watch: &mut Watch,
+    ) -> Result<RunSummary, CliError> {
+        let advice =
+            "without shards there are no snapshots to go on from; pass --checkpoint-dir DIR";
+        let kept = !self.train.resume || self.train.checkpoint_dir.is_some();
+        require(kept, "checkpoint_dir", "not set", "a directory", advice)?;
+        let mut reducer = LocalReducer::new(spec)?;
+        config.args.run_dir = own_directory(self.train.run_dir.as_deref(), Rank(0));
+        watch.joined(Rank(0));
+        Ok(train::run_on(&config, data, &mut reducer, watch)?)
+    }
+
+    /// Trains until the job's end, joining again whenever the job has gone on without this worker.
+    fn train_in_job(
+        &self,
+        config: &TrainConfig,
+        spec: &PlanSpec,
+        data: &Arc<Dataset>,
+        watch: &mut Watch,
+        metrics: &Arc<WorkerMetrics>,
+    ) -> Result<RunSummary, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
         let identity = IdentitySource::files(&ca, &cert, &key, Role::Worker)?;
+        let store = StoreConfig::new(&self.peers.shard_addresses, identity.clone());
+        let store: Arc<dyn SnapshotStore> = Arc::new(StoreClient::new(store)?);
+        let mut config = TrainConfig {
+            store: Some(Arc::clone(&store)),
+            ..config.clone()
+        };
         let mut message = |text: &str| tracing::warn!("{text}");
-        let point = resume_point(&self.train, self.peers.rank, &mut message);
-        let point = point.map_err(TrainError::from)?;
-        let rank = self.peers.rank.or(point.and_then(|point| point.only_rank));
-        Ok(NetConfig {
-            start_step: Step(point.map_or(0, |point| point.step)),
-            start_update: point.map_or(0, |point| point.update),
-            rank: rank.map(Rank),
-            world: self.peers.workers,
-            connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
-            progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
-            reconnect_timeout: Duration::from_secs_f64(self.peers.reconnect_timeout_seconds),
-            observer: Some(Arc::new(log_event)),
-            ..NetConfig::new(&self.common.job, &self.peers.shard_addresses, identity)
-        })
+        let point = resume_point(&self.train, self.peers.rank, Some(&*store), &mut message)?;
+        let mut net = self.net_config(identity, metrics);
+        if let Some(point) = point {
+            net.start_step = Step(point.step);
+            net.start_update = point.update;
+            net.rank = net.rank.or(point.only_rank.map(Rank));
+            config.snapshot = point.snapshot;
+        }
+        let mut rejoins = Rejoins::default();
+        loop {
+            let before = watch.steps.len();
+            let again = rejoins.any();
+            let error = match self.take_part(&net, &config, spec, data, watch, again) {
+                Ok(summary) => return Ok(summary),
+                Err(error) if may_join_again(&error) => error,
+                Err(error) => return Err(error),
+            };
+            metrics.superseded();
+            let Some(pause) = rejoins.next_pause(watch.steps.len() - before) else {
+                return Err(error);
+            };
+            let seconds = pause.as_secs();
+            watch.progress.complaint(&format!(
+                "arc-worker: {error}; joining again in {seconds} s"
+            ));
+            watch.stop.end_at_once();
+            std::thread::sleep(pause);
+            // As a newcomer, with whatever rank it is given and the state of a member.
+            net.rank = None;
+            config.snapshot = None;
+        }
     }
+
+    /// Joins the job and trains until its end, or until the job goes on without this worker.
+    fn take_part(
+        &self,
+        net: &NetConfig,
+        config: &TrainConfig,
+        spec: &PlanSpec,
+        data: &Arc<Dataset>,
+        watch: &mut Watch,
+        again: bool,
+    ) -> Result<RunSummary, CliError> {
+        let session = QuicReducer::connect(net.clone(), spec.clone())?;
+        let metrics = Arc::clone(&watch.pages.metrics);
+        if session.needs_snapshot().is_some() {
+            metrics.joined_running_job();
+        } else if again {
+            return Err(CliError::NothingToJoin);
+        }
+        let mut reducer: Box<dyn Reducer> = Box::new(MeteredReducer::new(session, metrics));
+        watch.joined(reducer.rank());
+        let mut config = config.clone();
+        config.args.run_dir = own_directory(self.train.run_dir.as_deref(), reducer.rank());
+        let summary = train::run_on(&config, Arc::clone(data), reducer.as_mut(), watch)?;
+        reducer.leave();
+        Ok(summary)
+    }
+
+    fn net_config(&self, identity: IdentitySource, metrics: &Arc<WorkerMetrics>) -> NetConfig {
+        let metrics = Arc::clone(metrics);
+        NetConfig {
+            rank: self.peers.rank.map(Rank),
+            world: self.peers.workers,
+            elastic: true,
+            connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
+            reconnect_timeout: Duration::from_secs_f64(self.peers.reconnect_timeout_seconds),
+            progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
+            observer: Some(Arc::new(move |event| note_event(event, &metrics))),
+            ..NetConfig::new(&self.common.job, &self.peers.shard_addresses, identity)
+        }
+    }
+}
+
+/// Whether the job goes on and takes this worker in again.
+fn may_join_again(error: &CliError) -> bool {
+    match error {
+        CliError::Train(error) => error.may_join_again(),
+        CliError::Connect(ConnectError::Refused { code, .. }) => *code == RefusalCode::Superseded,
+        _ => false,
+    }
+}
+
+/// How often a worker has joined again, and how long it pauses before it does.
+#[derive(Debug, Default)]
+struct Rejoins {
+    any: bool,
+    /// Since it last made good progress.
+    in_a_row: u32,
+}
+
+impl Rejoins {
+    /// Steps after which a session counts as a success.
+    const PROGRESS: usize = 50;
+    const MOST: u32 = 6;
+
+    fn any(&self) -> bool {
+        self.any
+    }
+
+    /// The pause before the next attempt, if there is to be one, after a session of `steps` steps.
+    fn next_pause(&mut self, steps: usize) -> Option<Duration> {
+        if steps >= Self::PROGRESS {
+            self.in_a_row = 0;
+        }
+        self.any = true;
+        self.in_a_row += 1;
+        (self.in_a_row <= Self::MOST).then(|| Duration::from_secs(1 << (self.in_a_row - 1)))
+    }
+}
+
+/// The directory for the records of `rank`: `{rank}` in its name stands for that.
+fn own_directory(template: Option<&Path>, rank: Rank) -> Option<PathBuf> {
+    template.map(|path| {
+        path.to_str().map_or_else(
+            || path.to_owned(),
+            |path| PathBuf::from(path.replace("{rank}", &rank.to_string())),
+        )
+    })
+}
+
+fn note_event(event: &NetEvent, metrics: &WorkerMetrics) {
+    match event {
+        NetEvent::Membership { members, .. } => {
+            metrics.set_members(u16::try_from(members.len()).unwrap_or(u16::MAX));
+        }
+        NetEvent::ShardBack { shard, after } => {
+            metrics.reconnected(shard.0, after.as_secs_f64());
+        }
+        NetEvent::DigestsDiffer { .. } => metrics.digests_differ(),
+        _ => {}
+    }
+    log_event(event);
 }
 
 fn log_event(event: &NetEvent) {
@@ -165,6 +311,13 @@ struct Watch {
 }
 
 impl Watch {
+    /// The worker is a member of its job.
+    fn joined(&mut self, rank: Rank) {
+        self.stop.end_in_order();
+        self.pages.joined(rank);
+        self.rank = usize::from(rank.0);
+    }
+
     /// The table or the summary, and the reason if a signal ended the run.
     fn conclude(self, args: &TrainArgs, summary: RunSummary) -> Result<(), CliError> {
         if args.json {
@@ -188,6 +341,13 @@ impl Observer for Watch {
         self.steps.push(record.clone());
     }
 
+    fn on_snapshot(&mut self, end: SnapshotEnd, bytes: u64, seconds: f64) {
+        self.pages.metrics.snapshot_ended(end);
+        if end == SnapshotEnd::Stored {
+            self.pages.metrics.snapshot_uploaded(bytes, seconds);
+        }
+    }
+
     fn on_message(&mut self, text: &str) {
         tracing::debug!(text, "trainer");
         self.progress.message(Some(self.rank), text);
@@ -195,5 +355,50 @@ impl Observer for Watch {
 
     fn should_stop(&mut self) -> bool {
         self.stop.asked()
+    }
+}
+
+#[cfg(test)]
+#[allow(clippy::unwrap_used, reason = "tests")]
+mod tests {
+    use super::*;
+    use crate::reducer::ReduceError;
+
+    #[test]
+    fn a_worker_joins_again_ever_more_slowly_and_not_for_ever() {
+        let mut rejoins = Rejoins::default();
+        assert!(!rejoins.any());
+        let mut pauses = Vec::new();
+        while let Some(pause) = rejoins.next_pause(0) {
+            pauses.push(pause.as_secs());
+        }
+        assert_eq!(pauses, [1, 2, 4, 8, 16, 32]);
+        assert!(rejoins.any());
+        assert_eq!(
+            rejoins.next_pause(Rejoins::PROGRESS),
+            Some(Duration::from_secs(1))
+        );
+    }
+
+    #[test]
+    fn only_a_job_that_goes_on_is_joined_again() {
+        let superseded = ReduceError::Superseded {
+            shard: 0,
+            detail: String::new(),
+        };
+        assert!(may_join_again(&TrainError::from(superseded).into()));
+        let ended = ReduceError::Ended {
+            detail: String::new(),
+        };
+        assert!(!may_join_again(&TrainError::from(ended).into()));
+        assert!(!may_join_again(&CliError::NothingToJoin));
+    }
+
+    #[test]
+    fn records_go_to_the_ranks_own_directory() {
+        let own = |path: &str| own_directory(Some(Path::new(path)), Rank(5)).unwrap();
+        assert_eq!(own("runs/worker-{rank}"), Path::new("runs/worker-5"));
+        assert_eq!(own("runs/x"), Path::new("runs/x"));
+        assert_eq!(own_directory(None, Rank(5)), None);
     }
 }

@@ -109,9 +109,14 @@ impl Member {
         self.donation_due
     }
 
-    /// The copy is made and is on its way to the store.
-    pub fn donation_taken(&mut self) {
+    /// The copy is made and is on its way to the store: shards keep the answers from its step on.
+    pub fn donation_taken(&mut self, step: Step, out: &mut Vec<Output>) {
         self.donation_due = false;
+        if !self.failed {
+            for shard in (0..self.machine.plan().spec.shards).map(ShardId) {
+                self.send(shard, Control::Donating { step }, out);
+            }
+        }
     }
 
     /// The snapshot of this step is in the store.

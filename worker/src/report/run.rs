@@ -2,7 +2,9 @@
 //! one worker on average.
 
 use super::ReportError;
-use crate::record::{RunSummary, STEPS_FILE, SUMMARY_FILE, StepRecord, read_steps, read_summary};
+use crate::record::{
+    RunSummary, STEPS_FILE, SUMMARY_FILE, StepRecord, read_steps, read_summary, worker_directories,
+};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
@@ -25,10 +27,7 @@ impl Run {
     /// # Errors
     /// [`ReportError::NoRun`] if there are no records; [`ReportError::Record`] if they cannot be read.
     pub fn load(dir: &Path) -> Result<Self, ReportError> {
-        let mut sources: Vec<PathBuf> = (0..)
-            .map(|rank| dir.join(format!("worker-{rank}")))
-            .take_while(|worker| worker.is_dir())
-            .collect();
+        let mut sources: Vec<PathBuf> = worker_directories(dir)?;
         sources.retain(|worker| worker.join(STEPS_FILE).is_file());
         if sources.is_empty() {
             if !dir.join(STEPS_FILE).is_file() {
@@ -40,10 +39,14 @@ impl Run {
             .iter()
             .map(|source| read_steps(source))
             .collect::<Result<_, _>>()?;
-        let summary = sources
+        let ended = sources
             .iter()
-            .find(|source| source.join(SUMMARY_FILE).is_file());
-        let summary = summary.map(|source| read_summary(source)).transpose()?;
+            .filter(|source| source.join(SUMMARY_FILE).is_file());
+        let summaries: Vec<RunSummary> = ended
+            .map(|source| read_summary(source))
+            .collect::<Result<_, _>>()?;
+        // That of the worker that was there longest; of those, the first.
+        let summary = summaries.into_iter().rev().max_by_key(|s| s.steps);
         let fallback = dir
             .file_name()
             .unwrap_or_default()
@@ -58,8 +61,15 @@ impl Run {
         let steps = merge(workers);
         let finished = summary.is_some();
         let mut summary = summary.unwrap_or_default();
+        let mut merged = RunSummary::default();
+        steps.iter().for_each(|record| merged.add(record));
         if !finished {
-            steps.iter().for_each(|record| summary.add(record));
+            summary = merged;
+        } else if merged.final_validation_loss.is_some() {
+            // One worker validates for all, and not always the same one.
+            summary.final_validation_loss = merged.final_validation_loss;
+            summary.best_validation_loss = merged.best_validation_loss;
+            summary.final_validation_accuracy = merged.final_validation_accuracy;
         }
         let name = if summary.name.is_empty() {
             name
@@ -220,10 +230,14 @@ fn merge(workers: &[Vec<StepRecord>]) -> Vec<StepRecord> {
     for record in workers.iter().flatten() {
         by_step.entry(record.step).or_default().push(record);
     }
-    by_step
-        .into_values()
-        .map(|records| merge_step(&records))
-        .collect()
+    // One that only took a step's result says nothing of how the step went, unless nobody else is left to ask.
+    let took_part = |mut records: Vec<&StepRecord>| -> StepRecord {
+        if records.iter().any(|record| !record.behind) {
+            records.retain(|record| !record.behind);
+        }
+        merge_step(&records)
+    };
+    by_step.into_values().map(took_part).collect()
 }
 
 fn merge_step(records: &[&StepRecord]) -> StepRecord {
@@ -286,6 +300,42 @@ mod tests {
         assert!((run.ratio().unwrap() - 0.55).abs() < 1e-12);
         assert!((run.steady_ratio().unwrap() - 0.1).abs() < 1e-12);
         assert!(!run.finished);
+    }
+
+    #[test]
+    fn workers_may_come_late_and_go_early() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |rank: u16, steps: &[StepRecord], validation: Option<f32>| {
+            let worker = dir.path().join(format!("worker-{rank}"));
+            let mut writer = crate::record::StepWriter::open(&worker, 0).unwrap();
+            steps.iter().for_each(|step| writer.write(step).unwrap());
+            let mut summary = RunSummary {
+                rank,
+                ..RunSummary::default()
+            };
+            steps.iter().for_each(|step| summary.add(step));
+            summary.final_validation_loss = validation;
+            if validation.is_some() || rank > 4 {
+                crate::record::write_summary(&worker, &summary).unwrap();
+            }
+        };
+        // Rank 0 is lost after two steps; rank 5 joins at step 1, which it only takes the result of.
+        let mut first = vec![record(0, 2.0, 10), record(1, 2.0, 10)];
+        first[1].validation_loss = Some(3.0);
+        write(0, &first, None);
+        let mut last = record(2, 4.0, 10);
+        last.validation_loss = Some(2.5);
+        let behind = StepRecord {
+            behind: true,
+            ..record(1, f32::NAN, 1)
+        };
+        write(5, &[behind, last], Some(2.5));
+        let run = Run::load(dir.path()).unwrap();
+        let losses: Vec<f32> = run.steps.iter().map(|step| step.loss).collect();
+        assert_eq!(losses, [2.0, 2.0, 4.0]);
+        assert!(run.finished);
+        assert_eq!(run.summary.rank, 5);
+        assert_eq!(run.summary.final_validation_loss, Some(2.5));
     }
 
     #[test]

@@ -175,8 +175,12 @@ impl Engine {
 
     fn act(&mut self) {
         let mut out = std::mem::take(&mut self.out);
+        let mut held: BTreeMap<ShardId, Vec<Outgoing>> = BTreeMap::new();
         for output in out.drain(..) {
             match output {
+                Output::Frame(frame) if frame.header.flags.held => {
+                    held.entry(frame.shard).or_default().push(frame);
+                }
                 Output::Frame(frame) => self.send(frame),
                 Output::Control { shard, message } => {
                     if let Some(link) = &self.links[shard.index()] {
@@ -190,6 +194,11 @@ impl Engine {
             }
         }
         self.out = out;
+        for (shard, held) in held {
+            if let Some(link) = &self.links[shard.index()] {
+                link.tell(&self.runtime, &self.shared, held);
+            }
+        }
     }
 
     /// A frame for a shard that is being dialled is dropped: the machine has it sent again when the shard is back.
@@ -198,9 +207,6 @@ impl Engine {
             return;
         };
         let (runtime, shared) = (&self.runtime, &self.shared);
-        if frame.header.flags.held {
-            return link.tell(runtime, shared, frame);
-        }
         let key = (frame.shard, frame.header.bucket);
         shared.sent(frame.shard, &frame.header);
         let open = || link.open_round(runtime, shared, &self.plan, &frame.header);

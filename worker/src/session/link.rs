@@ -67,11 +67,11 @@ impl Link {
         }
     }
 
-    /// Tells the shard an answer that this worker holds, on a stream of its own.
-    pub(super) fn tell(&self, runtime: &Handle, shared: &Arc<Shared>, frame: Outgoing) {
+    /// Tells the shard answers that this worker holds, on one stream of their own: a Selection must come before its Mean.
+    pub(super) fn tell(&self, runtime: &Handle, shared: &Arc<Shared>, held: Vec<Outgoing>) {
         let streams = self.streams(shared);
         runtime.spawn(async move {
-            let told = streams.tell(frame).await;
+            let told = streams.tell(held).await;
             streams.end(told).await;
         });
     }
@@ -101,12 +101,14 @@ struct Streams {
 }
 
 impl Streams {
-    async fn tell(&self, frame: Outgoing) -> Result<(), TransportError> {
+    async fn tell(&self, held: Vec<Outgoing>) -> Result<(), TransportError> {
         let halves = self.connection.open_bi().await;
         let (mut send, _no_answer_comes) = halves.map_err(|e| connection_error(&self.peer, &e))?;
         // The shard, and with it everyone else, waits for these.
         let _closed_already = send.set_priority(i32::MAX - 1);
-        write_frame(&mut send, &frame.header, frame.body, &self.peer).await?;
+        for frame in held {
+            write_frame(&mut send, &frame.header, frame.body, &self.peer).await?;
+        }
         let _closed_already = send.finish();
         Ok(())
     }

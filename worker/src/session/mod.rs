@@ -401,11 +401,13 @@ impl Reducer for QuicReducer {
         self.shared.core().member.donation_due()
     }
 
+    fn donating(&mut self, step: Step) {
+        self.shared
+            .tell(|member, out| member.donation_taken(step, out));
+    }
+
     fn donated(&mut self, step: Step) {
-        self.shared.tell(|member, out| {
-            member.donation_taken();
-            member.donated(step, out);
-        });
+        self.shared.tell(|member, out| member.donated(step, out));
     }
 
     fn digest(&mut self, step: Step, digest: [u8; 32]) {

@@ -37,11 +37,19 @@ enum End {
 }
 
 impl End {
+    fn refused(code: RefusalCode, detail: String) -> Self {
+        match code {
+            // It may be started again.
+            RefusalCode::Shutdown => Self::Lost(detail),
+            _ => Self::Refused(code, detail),
+        }
+    }
+
     fn of(shard: ShardId, error: TransportError) -> Self {
         match &error {
             // A refusal's close may overtake its words.
             TransportError::Closed { code, reason, .. } => match RefusalCode::from_number(*code) {
-                Some(code) => Self::Refused(code, reason.clone()),
+                Some(code) => Self::refused(code, reason.clone()),
                 None => Self::Lost(error.to_string()),
             },
             // Not what a shard of this release says, however often it is dialled.
@@ -135,7 +143,7 @@ impl Supervisor {
         loop {
             match receiver.recv().await {
                 Ok(Some(Control::Refused { code, detail })) => {
-                    return End::Refused(code, detail);
+                    return End::refused(code, detail);
                 }
                 Ok(Some(message)) => {
                     self.shared.control.add_received(&message);
@@ -154,7 +162,8 @@ impl Supervisor {
 
     /// Dials until the shard welcomes this worker, or the time is over. The shard may be starting, its network or its
     /// certificates may be on their way back to order: whatever is not a refusal may pass.
-    async fn dial_again(&self, mut cause: String) -> Result<Dialled, End> {
+    async fn dial_again(&self, first_cause: String) -> Result<Dialled, End> {
+        let mut cause = "it was not tried".to_owned();
         let config = &self.dialer.config;
         let deadline = Instant::now() + config.reconnect_timeout;
         let longest = config.transport.connect_timeout;
@@ -171,9 +180,11 @@ impl Supervisor {
                 .await
             {
                 Ok(dialled) => return Ok(dialled),
-                Err(ConnectError::Refused { code, detail, .. }) => {
-                    return Err(End::Refused(code, detail));
-                }
+                Err(ConnectError::Refused { code, detail, .. }) => match End::refused(code, detail)
+                {
+                    End::Lost(detail) => cause = detail,
+                    refused => return Err(refused),
+                },
                 Err(ConnectError::Join { seconds, .. }) => {
                     cause =
                         format!("the shard answers, but does not say Welcome within {seconds} s");
@@ -188,7 +199,7 @@ impl Supervisor {
             handshake = (handshake * 2).min(longest);
         }
         Err(End::Lost(format!(
-            "it did not come back within {:.1} s ({cause}); start it again, or give it longer with --reconnect-timeout-seconds",
+            "{first_cause}; it was dialled for {:.1} s and did not come back ({cause}); start it again, or give it longer with --reconnect-timeout-seconds",
             config.reconnect_timeout.as_secs_f64()
         )))
     }

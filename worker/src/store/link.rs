@@ -147,7 +147,7 @@ impl Link {
         let (name, _) = split_host(&self.address)?;
         let target = resolve(&self.address).await?;
         let endpoint = client_endpoint(target, &config.transport)?;
-        let (identity, transport) = (&config.identity, &config.transport);
+        let (identity, transport) = (&config.identity.current(), &config.transport);
         let service = Service::Store;
         let connection =
             connect_service(&endpoint, target, name, identity, transport, service).await?;

@@ -28,7 +28,7 @@ pub use client::{AsyncStoreClient, StoreClient};
 pub use error::StoreError;
 pub use search::{PassedOver, SnapshotInfo, Survey, WholePart};
 
-use arc_topk_transport::{Identity, TransportConfig};
+use arc_topk_transport::{IdentitySource, TransportConfig};
 use std::time::Duration;
 
 /// How the shards' store is reached.
@@ -37,7 +37,7 @@ pub struct StoreConfig {
     /// `HOST:PORT` of every shard, in the same order on all workers. Certificates must name HOST.
     pub shards: Vec<String>,
     /// Certificate, key and CA of this worker.
-    pub identity: Identity,
+    pub identity: IdentitySource,
     /// Tuning of QUIC.
     pub transport: TransportConfig,
     /// How long a shard that does not answer is tried again.
@@ -49,10 +49,10 @@ pub struct StoreConfig {
 impl StoreConfig {
     /// The store of `shards` with every other setting at its default.
     #[must_use]
-    pub fn new(shards: &[String], identity: Identity) -> Self {
+    pub fn new(shards: &[String], identity: impl Into<IdentitySource>) -> Self {
         Self {
             shards: shards.to_vec(),
-            identity,
+            identity: identity.into(),
             transport: TransportConfig::default(),
             deadline: Duration::from_secs(60),
             patience: Duration::from_secs(60),

@@ -1,10 +1,9 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 use super::search::survey;
+use arc_topk_common::ids::RunId;
 use arc_topk_common::ids::{Rank, Step};
-use arc_topk_common::wire::{
-    HeldPiece, HeldSnapshot, Manifest, Owner, PartInfo, RunId, SnapshotId,
-};
+use arc_topk_common::wire::{HeldPiece, HeldSnapshot, Manifest, Owner, PartInfo, SnapshotId};
 
 fn id(step: u64) -> SnapshotId {
     SnapshotId {

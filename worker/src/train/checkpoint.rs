@@ -4,22 +4,13 @@
 //! the previous one whole; the newest two are kept. A SHA-256 over all names, values and counters stands in
 //! the header and is checked before anything is used. The position in the data is the step number.
 
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use sha2::{Digest, Sha256};
-use std::collections::{BTreeMap, HashMap};
+use super::encoding::{decode, encode};
 use std::fs::{self, File};
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-const FORMAT: &str = "arc-topk-checkpoint/1";
 /// Checkpoints that stay: the newest and, should it be damaged, the one before.
 const KEPT: usize = 2;
-const FORMAT_KEY: &str = "format";
-const STEP_KEY: &str = "step";
-const UPDATE_KEY: &str = "update";
-const CONFIG_KEY: &str = "config";
-const DIGEST_KEY: &str = "sha256";
-
 /// Named f32 arrays in a fixed order.
 pub type Arrays = Vec<(String, Vec<f32>)>;
 
@@ -295,79 +286,6 @@ fn steps_in(directory: &Path) -> Result<Vec<u64>, CheckpointError> {
     Ok(steps)
 }
 
-/// The three groups of arrays under the prefixes that they have in a file.
-fn groups(checkpoint: &Checkpoint) -> [(&'static str, &Arrays); 3] {
-    [
-        ("feedback", &checkpoint.feedback),
-        ("model", &checkpoint.model),
-        ("optimizer", &checkpoint.optimizer),
-    ]
-}
-
-/// Hash of everything in a checkpoint.
-fn digest(checkpoint: &Checkpoint) -> String {
-    let mut hash = Sha256::new();
-    let mut text = |text: &str| {
-        hash.update((text.len() as u64).to_le_bytes());
-        hash.update(text.as_bytes());
-    };
-    text(FORMAT);
-    text(&checkpoint.step.to_string());
-    text(&checkpoint.update.to_string());
-    text(&checkpoint.config);
-    for (group, arrays) in groups(checkpoint) {
-        for (name, values) in arrays {
-            hash.update((group.len() as u64).to_le_bytes());
-            hash.update(group.as_bytes());
-            hash.update((name.len() as u64).to_le_bytes());
-            hash.update(name.as_bytes());
-            hash.update((values.len() as u64).to_le_bytes());
-            hash.update(to_bytes(values));
-        }
-    }
-    hash.finalize()
-        .iter()
-        .map(|byte| format!("{byte:02x}"))
-        .collect()
-}
-
-fn to_bytes(values: &[f32]) -> Vec<u8> {
-    values
-        .iter()
-        .flat_map(|value| value.to_le_bytes())
-        .collect()
-}
-
-fn encode(checkpoint: &Checkpoint) -> Vec<u8> {
-    let mut arrays = Vec::new();
-    for (group, list) in groups(checkpoint) {
-        for (index, (name, values)) in list.iter().enumerate() {
-            // The number keeps the order, which safetensors does not.
-            arrays.push((
-                format!("{group}/{index:06}/{name}"),
-                vec![values.len()],
-                to_bytes(values),
-            ));
-        }
-    }
-    let views = arrays.iter().map(|(name, shape, bytes)| {
-        let view = TensorView::new(Dtype::F32, shape.clone(), bytes).expect("four bytes per value");
-        (name.as_str(), view)
-    });
-    let metadata = [
-        (FORMAT_KEY, FORMAT.to_owned()),
-        (STEP_KEY, checkpoint.step.to_string()),
-        (UPDATE_KEY, checkpoint.update.to_string()),
-        (CONFIG_KEY, checkpoint.config.clone()),
-        (DIGEST_KEY, digest(checkpoint)),
-    ];
-    let metadata: HashMap<String, String> = metadata
-        .into_iter()
-        .map(|(key, value)| (key.to_owned(), value))
-        .collect();
-    safetensors::serialize(views, Some(metadata)).expect("names are unique and views are whole")
-}
-
 fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     let bytes = fs::read(path).map_err(|source| io_error("read", path, source))?;
     decode(&bytes).map_err(|detail| CheckpointError::Damaged {
@@ -376,73 +294,10 @@ fn load(path: &Path) -> Result<Checkpoint, CheckpointError> {
     })
 }
 
-fn decode(bytes: &[u8]) -> Result<Checkpoint, String> {
-    let broken =
-        |cause: safetensors::SafeTensorError| format!("not a whole safetensors file ({cause})");
-    let (_, header) = SafeTensors::read_metadata(bytes).map_err(broken)?;
-    let metadata = header.metadata().as_ref().ok_or("no metadata")?;
-    let entry = |key: &str| metadata.get(key).ok_or(format!("no {key} in its header"));
-    if entry(FORMAT_KEY)? != FORMAT {
-        return Err(format!("format {} instead of {FORMAT}", entry(FORMAT_KEY)?));
-    }
-    let number = |key: &str| {
-        entry(key)?
-            .parse::<u64>()
-            .map_err(|_| format!("{key} is not a number"))
-    };
-    let mut lists: [BTreeMap<String, Vec<f32>>; 3] = Default::default();
-    for (name, view) in SafeTensors::deserialize(bytes).map_err(broken)?.tensors() {
-        let (group, rest) = name
-            .split_once('/')
-            .ok_or(format!("unknown array {name}"))?;
-        let list = match group {
-            "feedback" => &mut lists[0],
-            "model" => &mut lists[1],
-            "optimizer" => &mut lists[2],
-            _ => return Err(format!("unknown array {name}")),
-        };
-        let (values, _) = view.data().as_chunks::<4>();
-        list.insert(
-            rest.to_owned(),
-            values
-                .iter()
-                .map(|value| f32::from_le_bytes(*value))
-                .collect(),
-        );
-    }
-    // The six digits sort the arrays as they were written.
-    let [feedback, model, optimizer] = lists.map(|list| {
-        let name = |numbered: String| {
-            numbered
-                .split_once('/')
-                .map_or(String::new(), |(_, name)| name.to_owned())
-        };
-        list.into_iter()
-            .map(|(numbered, values)| (name(numbered), values))
-            .collect::<Arrays>()
-    });
-    let (step, update, config) = (
-        number(STEP_KEY)?,
-        number(UPDATE_KEY)?,
-        entry(CONFIG_KEY)?.clone(),
-    );
-    let checkpoint = Checkpoint {
-        step,
-        update,
-        config,
-        model,
-        optimizer,
-        feedback,
-    };
-    if *entry(DIGEST_KEY)? != digest(&checkpoint) {
-        return Err("its SHA-256 does not match what it holds".to_owned());
-    }
-    Ok(checkpoint)
-}
-
 #[cfg(test)]
 mod tests {
     #![allow(clippy::unwrap_used, reason = "tests")]
+    use super::super::encoding::digest;
     use super::*;
 
     fn checkpoint(step: u64) -> Checkpoint {

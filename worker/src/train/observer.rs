@@ -1,6 +1,7 @@
 //! What a run tells while it goes on.
 
 use crate::record::StepRecord;
+use arc_topk_common::metrics::SnapshotEnd;
 
 /// A validation pass.
 #[derive(Clone, Copy, PartialEq, Debug)]
@@ -24,6 +25,11 @@ pub trait Observer {
     /// Something a person should know: the data used, a skipped update, a damaged checkpoint.
     fn on_message(&mut self, text: &str) {
         let _ = text;
+    }
+
+    /// A snapshot that was due, or a replica for a worker that joins, was uploaded (`bytes` in `seconds`), skipped or failed.
+    fn on_snapshot(&mut self, end: SnapshotEnd, bytes: u64, seconds: f64) {
+        let _ = (end, bytes, seconds);
     }
 
     /// Asked between steps: true ends the run in order, with a checkpoint if those are kept.

@@ -1,15 +1,20 @@
 //! The loop: gradients out, result in, optimizer, records, validation, checkpoints.
 
-use super::checkpoint::{Checkpoint, CheckpointError, CheckpointStore};
+use super::checkpoint::{Checkpoint, CheckpointStore};
 use super::data::Dataset;
-use super::model::{read_parameter, write_parameter};
+use super::feedback::own;
+use super::model::read_parameter;
+use super::snapshot::{Lead, SnapshotStore, Uploads};
 use super::{Observer, TrainError, Trainer, Validation};
 use crate::record::{RunSummary, StepRecord, StepWriter, read_steps, write_summary};
-use crate::reducer::{Reducer, TrainReport};
+use crate::reducer::{Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, WorkerState};
+use crate::store::SnapshotInfo;
+use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::config::train::TrainArgs;
 use arc_topk_common::ids::Step;
 use arc_topk_common::plan::Plan;
+use arc_topk_common::wire::SnapshotId;
 use sha2::{Digest, Sha256};
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -25,47 +30,23 @@ pub struct TrainConfig {
     pub name: String,
     /// Everything else.
     pub args: TrainArgs,
+    /// Where snapshots are kept, if they are.
+    pub store: Option<Arc<dyn SnapshotStore>>,
+    /// The snapshot to go on from, as [`resume_point`](super::resume_point) said.
+    pub snapshot: Option<SnapshotInfo>,
 }
 
-/// Where a worker resumes: what to ask for when joining.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct ResumePoint {
-    /// Next step.
-    pub step: u64,
-    /// Next update (skipped steps not counted).
-    pub update: u64,
-    /// The rank whose checkpoints lie on this machine, if they are those of one rank alone. A worker that was told
-    /// no rank must ask for this one.
-    pub only_rank: Option<u16>,
-}
-
-/// Where a worker would resume; `None`: from the start. Without a `rank` it is that of the checkpoints that are
-/// there, all of which are of the same step.
-///
-/// # Errors
-/// If there are checkpoints, but none can be used.
-pub fn resume_point(
-    args: &TrainArgs,
-    rank: Option<u16>,
-    message: &mut dyn FnMut(&str),
-) -> Result<Option<ResumePoint>, CheckpointError> {
-    let Some(directory) = args.checkpoint_dir.as_deref().filter(|_| args.resume) else {
-        return Ok(None);
-    };
-    let ranks = CheckpointStore::ranks(directory)?;
-    let only_rank = match ranks[..] {
-        [only] => Some(only),
-        _ => None,
-    };
-    let Some(rank) = rank.or(ranks.first().copied()) else {
-        return Ok(None);
-    };
-    let latest = CheckpointStore::new(directory, rank).latest(message)?;
-    Ok(latest.map(|checkpoint| ResumePoint {
-        step: checkpoint.step,
-        update: checkpoint.update,
-        only_rank,
-    }))
+impl TrainConfig {
+    /// A run without snapshots.
+    #[must_use]
+    pub fn new(name: &str, args: TrainArgs) -> Self {
+        Self {
+            name: name.to_owned(),
+            args,
+            store: None,
+            snapshot: None,
+        }
+    }
 }
 
 /// Trains with `reducer` until the settings' last step, on the data that the settings name.
@@ -106,11 +87,13 @@ pub fn run_on(
             break;
         }
     }
-    run.end()
+    run.end(reducer, observer)
 }
 
 /// Settings that decide no result.
-const FREE_SETTINGS: [&str; 8] = [
+const FREE_SETTINGS: [&str; 10] = [
+    "snapshot_every",
+    "digest_every",
     "checkpoint_dir",
     "checkpoint_every",
     "resume",
@@ -136,29 +119,28 @@ pub fn agreed_settings(args: &TrainArgs) -> String {
     text
 }
 
-/// Hash of all settings that decide the result.
+/// Hash of all settings that decide the result, equal on all workers of a job.
 fn config_hash(args: &TrainArgs, plan: &Plan) -> String {
-    let mut settings = serde_json::to_value(args).expect("settings are plain values");
-    if let Some(settings) = settings.as_object_mut() {
-        settings.retain(|key, _| !FREE_SETTINGS.contains(&key.as_str()));
-    }
     let mut hash = Sha256::new();
     hash.update(plan.spec.hash());
-    hash.update(settings.to_string());
+    hash.update(agreed_settings(args));
     hash.finalize()
         .iter()
         .map(|byte| format!("{byte:02x}"))
         .collect()
 }
 
-struct Run<'a> {
-    args: &'a TrainArgs,
-    trainer: Trainer,
-    store: Option<CheckpointStore>,
+/// A run under way.
+pub(super) struct Run<'a> {
+    pub(super) args: &'a TrainArgs,
+    pub(super) trainer: Trainer,
+    pub(super) store: Option<CheckpointStore>,
+    uploads: Option<Uploads>,
     writer: Option<StepWriter>,
     summary: RunSummary,
-    config: String,
-    first_step: u64,
+    /// Hash of the settings.
+    pub(super) config: String,
+    pub(super) first_step: u64,
     last_losses: VecDeque<f32>,
 }
 
@@ -186,17 +168,14 @@ impl<'a> Run<'a> {
                 .checkpoint_dir
                 .as_deref()
                 .map(|directory| CheckpointStore::new(directory, rank)),
+            uploads: config.store.clone().map(Uploads::new),
             writer: None,
             summary,
             config: config_hash(args, reducer.plan()),
             first_step: 0,
             last_losses: VecDeque::new(),
         };
-        if args.resume {
-            run.resume(reducer, observer)?;
-        } else if let Some(store) = &run.store {
-            store.check_unused()?;
-        }
+        run.take_state(config, reducer, observer)?;
         if let Some(store) = &run.store {
             // Not at the first checkpoint, hours later.
             store.prepare()?;
@@ -219,75 +198,6 @@ impl<'a> Run<'a> {
         Ok(run)
     }
 
-    /// Goes on from the newest checkpoint, if there is one.
-    fn resume(
-        &mut self,
-        reducer: &mut dyn Reducer,
-        observer: &mut dyn Observer,
-    ) -> Result<(), TrainError> {
-        let Some(store) = &self.store else {
-            return Ok(());
-        };
-        let Some(checkpoint) = store.latest(&mut |text| observer.on_message(text))? else {
-            observer.on_message("no checkpoint to resume from: starting at step 0");
-            return Ok(());
-        };
-        if checkpoint.config != self.config {
-            observer.on_message(
-                "settings differ from those that made the checkpoint: the run goes on, but not as it would have",
-            );
-        }
-        let path = store.path(checkpoint.step);
-        let mismatch = |detail: String| CheckpointError::Mismatch {
-            path: path.clone(),
-            detail,
-        };
-        let (specs, vars) = (self.trainer.model().specs(), self.trainer.model().vars());
-        if checkpoint.model.len() != specs.len() {
-            let detail = format!(
-                "it holds {} parameters, the model has {}",
-                checkpoint.model.len(),
-                specs.len()
-            );
-            return Err(mismatch(detail).into());
-        }
-        for ((name, values), (spec, var)) in checkpoint.model.iter().zip(specs.iter().zip(vars)) {
-            if *name != spec.name || values.len() != spec.elements() {
-                let detail = format!(
-                    "{name} has {} elements, {} needs {}",
-                    values.len(),
-                    spec.name,
-                    spec.elements()
-                );
-                return Err(mismatch(detail).into());
-            }
-            write_parameter(var.as_tensor(), |parameter| {
-                parameter.copy_from_slice(values)
-            })?;
-        }
-        let kind = optimizer_marker(self.args);
-        if !checkpoint.optimizer.iter().any(|(name, _)| *name == kind) {
-            let detail = format!("its optimizer is not {:?}", self.args.optimizer);
-            return Err(mismatch(detail).into());
-        }
-        let imported = self.trainer.optimizer_mut().import(&checkpoint.optimizer);
-        imported.map_err(|error| mismatch(error.to_string()))?;
-        let state = WorkerState {
-            step: Step(checkpoint.step),
-            update: checkpoint.update,
-            arrays: checkpoint.feedback,
-        };
-        reducer.import_state(state)?;
-        self.first_step = checkpoint.step;
-        store.abandon_after(checkpoint.step)?;
-        observer.on_message(&format!(
-            "resumed at step {} from {}",
-            checkpoint.step,
-            path.display()
-        ));
-        Ok(())
-    }
-
     /// One step; if it is the last, because of `stop` or by its number, it also validates and writes a checkpoint.
     fn step(
         &mut self,
@@ -303,38 +213,44 @@ impl<'a> Run<'a> {
             self.save(reducer)?;
         }
         let start = Instant::now();
-        reducer.begin()?;
-        let rank = reducer.rank();
+        let StepStart { behind } = reducer.begin()?;
         let mut pushing = Duration::ZERO;
-        let (loss, examples) = self
-            .trainer
-            .gradients(step, rank, &mut |tensor, gradient| {
-                let start = Instant::now();
-                let pushed = reducer.push(tensor, gradient);
-                pushing += start.elapsed();
-                pushed
-            })?;
+        let (loss, examples) = if behind {
+            (f32::NAN, 0)
+        } else {
+            let rank = reducer.rank();
+            self.trainer
+                .gradients(step, rank, &mut |tensor, gradient| {
+                    let start = Instant::now();
+                    let pushed = reducer.push(tensor, gradient);
+                    pushing += start.elapsed();
+                    pushed
+                })?
+        };
         let pushed = start.elapsed();
         let outcome = reducer.finish()?;
         let waited = start.elapsed() - pushed;
         let updating = Instant::now();
         if outcome.skipped {
-            observer.on_message(&skipped_text(step, loss));
+            observer.on_message(&skipped_text(step, loss.is_finite() || behind));
         } else {
             self.trainer
                 .apply(step, &mut |f| reducer.for_each_result(f))?;
         }
         let mut record = self.record(loss, examples, &outcome);
+        record.behind = behind;
+        record.late = !behind && outcome.stats.rounds_counted < outcome.stats.rounds;
+        record.live_workers = reducer.live_workers();
         record.update_seconds = updating.elapsed().as_secs_f32();
         record.step_seconds = start.elapsed().as_secs_f32();
         record.compute_seconds = pushed.saturating_sub(pushing).as_secs_f32();
         if record.wait_seconds == 0.0 {
             record.wait_seconds = waited.as_secs_f32();
         }
-        // Parameters are equal everywhere: one worker measures for all.
-        let due =
-            self.args.validate_every > 0 && (step + 1).is_multiple_of(self.args.validate_every);
-        if (due || last) && rank.0 == 0 {
+        let due = |every: u64| every > 0 && (step + 1).is_multiple_of(every);
+        // Parameters are equal everywhere: one worker measures for all, unless it has steps to catch up with.
+        let validates = (due(self.args.validate_every) && !behind) || last;
+        if validates && reducer.is_leader() {
             let validation = self.trainer.validate()?;
             (record.validation_loss, record.validation_accuracy) =
                 (Some(validation.loss), validation.accuracy);
@@ -342,11 +258,81 @@ impl<'a> Run<'a> {
             observer.on_validation(step, validation);
         }
         self.publish(&record, reducer, observer)?;
-        let every = self.args.checkpoint_every;
-        if last || (every > 0 && (step + 1).is_multiple_of(every)) {
+        if due(self.args.digest_every) {
+            reducer.digest(Step(step + 1), self.trainer.digest_bytes()?);
+        }
+        self.upload(due(self.args.snapshot_every), reducer, observer)?;
+        if last || due(self.args.checkpoint_every) {
             self.save(reducer)?;
         }
         Ok(())
+    }
+
+    /// Sees to the uploads to the shards' store: starts what was asked for, and a snapshot if one is `due`.
+    fn upload(
+        &mut self,
+        due: bool,
+        reducer: &mut dyn Reducer,
+        observer: &mut dyn Observer,
+    ) -> Result<(), TrainError> {
+        let (Some(mut uploads), Some(run)) = (self.uploads.take(), reducer.run()) else {
+            return Ok(());
+        };
+        if let Some(donated) = uploads.note(false, observer) {
+            reducer.donated(donated.step);
+        }
+        if reducer.donation_due() && !uploads.donates() {
+            let replica = self.replica(reducer.export_shared())?;
+            let step = Step(replica.step);
+            reducer.donating(step);
+            uploads.donate(SnapshotId { step, run }, replica);
+        }
+        if due && uploads.is_free(observer) {
+            let mut state = reducer.export_state();
+            let own = Checkpoint {
+                step: state.step.0,
+                update: state.update,
+                config: self.config.clone(),
+                feedback: own(std::mem::take(&mut state.arrays)),
+                ..Checkpoint::default()
+            };
+            let lead = if reducer.is_leader() {
+                let feedback = reducer.plan().spec.algorithm.feedback;
+                Some(Lead {
+                    replica: self.replica(reducer.export_shared())?,
+                    members: reducer.members(),
+                    all_or_none: matches!(feedback, Feedback::Ef21 | Feedback::Ef21m),
+                })
+            } else {
+                None
+            };
+            let step = state.step;
+            uploads.snapshot(SnapshotId { step, run }, reducer.rank(), own, lead);
+        }
+        self.uploads = Some(uploads);
+        Ok(())
+    }
+
+    /// Copies parameters and optimizer, beside the feedback state that the caller has.
+    fn replica(&mut self, state: WorkerState) -> Result<Checkpoint, TrainError> {
+        let model = self.trainer.model();
+        let mut parameters = Vec::with_capacity(model.specs().len());
+        for (spec, var) in model.specs().iter().zip(model.vars()) {
+            parameters.push((
+                spec.name.clone(),
+                read_parameter(var.as_tensor(), <[f32]>::to_vec)?,
+            ));
+        }
+        let mut optimizer = self.trainer.optimizer_mut().export();
+        optimizer.push((optimizer_marker(self.args), Vec::new()));
+        Ok(Checkpoint {
+            step: state.step.0,
+            update: state.update,
+            config: self.config.clone(),
+            model: parameters,
+            optimizer,
+            feedback: state.arrays,
+        })
     }
 
     fn record(&self, loss: f32, examples: u64, outcome: &StepOutcome) -> StepRecord {
@@ -408,32 +394,23 @@ impl<'a> Run<'a> {
     }
 
     fn save(&mut self, reducer: &mut dyn Reducer) -> Result<(), TrainError> {
-        let Some(store) = &self.store else {
+        let Some(store) = self.store.clone() else {
             return Ok(());
         };
-        let model = self.trainer.model();
-        let mut parameters = Vec::with_capacity(model.specs().len());
-        for (spec, var) in model.specs().iter().zip(model.vars()) {
-            parameters.push((
-                spec.name.clone(),
-                read_parameter(var.as_tensor(), <[f32]>::to_vec)?,
-            ));
-        }
-        let state = reducer.export_state();
-        let mut optimizer = self.trainer.optimizer_mut().export();
-        optimizer.push((optimizer_marker(self.args), Vec::new()));
-        store.save(&Checkpoint {
-            step: state.step.0,
-            update: state.update,
-            config: self.config.clone(),
-            model: parameters,
-            optimizer,
-            feedback: state.arrays,
-        })?;
+        store.save(&self.replica(reducer.export_state())?)?;
         Ok(())
     }
 
-    fn end(mut self) -> Result<RunSummary, TrainError> {
+    fn end(
+        mut self,
+        reducer: &mut dyn Reducer,
+        observer: &mut dyn Observer,
+    ) -> Result<RunSummary, TrainError> {
+        if let Some(mut uploads) = self.uploads.take()
+            && let Some(donated) = uploads.note(true, observer)
+        {
+            reducer.donated(donated.step);
+        }
         let losses = &self.last_losses;
         if !losses.is_empty() {
             self.summary.final_train_loss = Some(losses.iter().sum::<f32>() / losses.len() as f32);
@@ -447,12 +424,12 @@ impl<'a> Run<'a> {
 }
 
 /// Name of the empty array that tells which rule an optimizer's state belongs to: some rules could misread another's.
-fn optimizer_marker(args: &TrainArgs) -> String {
+pub(super) fn optimizer_marker(args: &TrainArgs) -> String {
     format!("kind/{:?}", args.optimizer)
 }
 
-fn skipped_text(step: u64, loss: f32) -> String {
-    let own = if loss.is_finite() {
+fn skipped_text(step: u64, finite: bool) -> String {
+    let own = if finite {
         "another worker's"
     } else {
         "this worker's"

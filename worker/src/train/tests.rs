@@ -3,7 +3,7 @@
 use super::*;
 use crate::memory::{MemoryCluster, MemoryOptions, MemoryReducer};
 use crate::record::{RunSummary, StepRecord, read_steps, read_summary};
-use crate::reducer::{Reducer, TrainReport};
+use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Feedback, ValueType};
@@ -22,16 +22,14 @@ struct Cli {
 }
 
 /// A decoder of some 10,000 parameters.
-fn small(line: &str) -> TrainConfig {
+pub(super) fn small(line: &str) -> TrainConfig {
     let sizes = "test --hidden 32 --intermediate 48 --layers 2 --heads 2 --context 16 --batch 2 --validate-batches 2 --lr-warmup 2";
     let line = format!("{sizes} {line}");
-    TrainConfig {
-        name: "test".into(),
-        args: Cli::parse_from(line.split_whitespace()).train,
-    }
+    let args = Cli::parse_from(line.split_whitespace()).train;
+    TrainConfig::new("test", args)
 }
 
-fn spec(config: &TrainConfig, algorithm: AlgorithmConfig, shards: u16) -> PlanSpec {
+pub(super) fn spec(config: &TrainConfig, algorithm: AlgorithmConfig, shards: u16) -> PlanSpec {
     PlanSpec {
         trainer: String::new(),
         algorithm,
@@ -40,15 +38,15 @@ fn spec(config: &TrainConfig, algorithm: AlgorithmConfig, shards: u16) -> PlanSp
     }
 }
 
-fn local(config: &TrainConfig) -> LocalReducer {
+pub(super) fn local(config: &TrainConfig) -> LocalReducer {
     LocalReducer::new(spec(config, AlgorithmConfig::default(), 1)).unwrap()
 }
 
 #[derive(Default)]
-struct Log {
-    records: Vec<StepRecord>,
-    messages: Vec<String>,
-    stop_after: Option<usize>,
+pub(super) struct Log {
+    pub(super) records: Vec<StepRecord>,
+    pub(super) messages: Vec<String>,
+    pub(super) stop_after: Option<usize>,
 }
 
 impl Observer for Log {
@@ -208,11 +206,12 @@ fn a_stop_that_is_asked_for_leaves_a_checkpoint() {
     assert_eq!(store.load(2).unwrap().step, 2);
     config.args.resume = true;
     assert_eq!(
-        resume_point(&config.args, None, &mut |_| ()).unwrap(),
+        resume_point(&config.args, None, None, &mut |_| ()).unwrap(),
         Some(ResumePoint {
             step: 3,
             update: 3,
-            only_rank: Some(0)
+            only_rank: Some(0),
+            snapshot: None,
         })
     );
 }
@@ -305,7 +304,7 @@ fn two_workers(
         .collect()
 }
 
-fn sparse(feedback: Feedback) -> AlgorithmConfig {
+pub(super) fn sparse(feedback: Feedback) -> AlgorithmConfig {
     AlgorithmConfig {
         feedback,
         warmup_updates: 1,

@@ -262,6 +262,15 @@ impl Trainer {
     /// # Errors
     /// Of the model.
     pub fn digest(&self) -> Result<String, TrainError> {
+        let bytes = self.digest_bytes()?;
+        Ok(bytes.iter().map(|byte| format!("{byte:02x}")).collect())
+    }
+
+    /// As [`Trainer::digest`], as bytes.
+    ///
+    /// # Errors
+    /// Of the model.
+    pub fn digest_bytes(&self) -> Result<[u8; 32], TrainError> {
         let mut hash = Sha256::new();
         for var in self.model.vars() {
             read_parameter(var.as_tensor(), |values| {
@@ -270,11 +279,7 @@ impl Trainer {
                 }
             })?;
         }
-        Ok(hash
-            .finalize()
-            .iter()
-            .map(|byte| format!("{byte:02x}"))
-            .collect())
+        Ok(hash.finalize().into())
     }
 }
 

@@ -57,6 +57,7 @@ fn go(runs: &Path, checkpoints: &Path, resume: bool) -> (Job, BufReader<ChildStd
     if resume {
         command.arg("--resume");
     }
+    command.args(["--restart", "never"]);
     command.args([
         "--chaos-delay-ms",
         "3",
@@ -144,4 +145,40 @@ fn a_signal_ends_the_job_in_order() {
         assert_eq!(summary(&runs, rank)["steps"], 300);
         assert_eq!(digest(&runs, rank), digest(&runs, 0));
     }
+}
+
+#[test]
+fn processes_that_are_killed_come_back() {
+    let dir = tempfile::tempdir().unwrap();
+    let runs = dir.path().join("runs");
+    let mut command = local_of(3, &runs);
+    command.args(["--steps", "600", "--json", "--threads", "1"]);
+    command.args(["--chaos-delay-ms", "10", "--snapshot-every", "100"]);
+    let mut job = Job::start(&mut command);
+    let mut lines = BufReader::new(job.0.stdout.take().unwrap());
+    await_step(&mut lines, 0, 60);
+    Job::signal(job.process(&[" train ", "--rank=1 "]), "-KILL");
+    // It joins as a newcomer, with a rank that was never given before.
+    let mut line = String::new();
+    loop {
+        line.clear();
+        assert!(lines.read_line(&mut line).unwrap() > 0, "nobody joined");
+        let event: Value = serde_json::from_str(&line).unwrap();
+        if event["event"] == "step" && event["rank"] == 3 && event["behind"] == false {
+            break;
+        }
+    }
+    Job::signal(job.process(&[" ps ", "--shard=1 "]), "-KILL");
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(0), "{}", said.error);
+    for name in ["worker 1", "shard 1"] {
+        let again = format!("{name} is started again");
+        assert!(said.error.contains(&again), "{again}:\n{}", said.error);
+    }
+    for rank in [0, 2, 3] {
+        assert_eq!(digest(&runs, rank), digest(&runs, 0));
+    }
+    assert_eq!(summary(&runs, 0)["steps"], 600);
+    let late = summary(&runs, 3)["steps"].as_u64().unwrap();
+    assert!((1..540).contains(&late), "{late}");
 }

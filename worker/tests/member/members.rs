@@ -105,7 +105,7 @@ fn a_snapshot_is_asked_for_and_told() {
     bench.control(0, Control::Donate);
     assert_eq!(bench.take(), [Output::Notice(Notice::DonationAsked)]);
     assert!(bench.member.donation_due());
-    bench.member.donation_taken();
+    bench.member.donation_taken(Step(0), &mut Vec::new());
     bench.down(0);
     bench.member.donated(Step(3), &mut bench.out);
     assert_eq!(bench.controls(), []);

@@ -6,6 +6,8 @@
     reason = "tests; each file uses its part"
 )]
 
+pub mod proxy;
+
 use super::support::{Got, Gradients};
 use arc_topk_common::ids::{ShardId, TensorId};
 use arc_topk_common::plan::PlanSpec;
@@ -82,13 +84,7 @@ impl Job {
             admin: None,
             identity: Identity::load(&self.place("shard")).unwrap().into(),
             transport: transport(),
-            shard: ShardConfig {
-                shard: ShardId(shard),
-                shards,
-                job: "job".to_owned(),
-                world: self.world,
-                min_workers: 1,
-            },
+            shard: ShardConfig::new("job", ShardId(shard), shards, self.world),
             chaos_delay: Duration::ZERO,
             store: StoreOptions::default(),
             timeouts: Timeouts {
@@ -125,8 +121,13 @@ impl Job {
 
     /// All workers of the world, by rank.
     pub fn join(&self, spec: &PlanSpec) -> Vec<QuicReducer> {
+        self.join_as(&self.config(), spec)
+    }
+
+    /// All workers of the world, with these settings, by rank.
+    pub fn join_as(&self, config: &NetConfig, spec: &PlanSpec) -> Vec<QuicReducer> {
         let mut workers: Vec<QuicReducer> = (0..self.world)
-            .map(|_| self.join_one(self.config(), spec))
+            .map(|_| self.join_one(config.clone(), spec))
             .collect::<Vec<_>>()
             .into_iter()
             .map(|thread| thread.join().unwrap().unwrap())

@@ -3,10 +3,9 @@
 use super::{BLOCK_BYTES, Incoming, Opened, Sink, Store, StoreFault, blocking};
 use crate::server::Hub;
 use crate::server::frames::while_moving;
-use crate::shard::Event;
 use arc_topk_common::metrics::{Flow, StoreOutcome, StoreRequestKind};
 use arc_topk_common::wire::{
-    MAX_STORE_MESSAGE_BYTES, Manifest, Owner, PieceMeta, SnapshotId, StoreCode, StoreRequest,
+    MAX_STORE_MESSAGE_BYTES, Manifest, PieceMeta, SnapshotId, StoreCode, StoreRequest,
     StoreResponse,
 };
 use arc_topk_transport::{
@@ -165,11 +164,6 @@ impl Request {
     async fn put(&mut self, meta: PieceMeta) -> Result<Option<StoreResponse>, StoreFault> {
         let store = Arc::clone(&self.hub.store);
         let (incoming, removals) = store.begin(&meta)?;
-        if meta.owner == Owner::Replica {
-            // Somebody is about to replay what comes after it.
-            let SnapshotId { step, run } = meta.snapshot;
-            self.hub.event(Event::Pin { run, step }).await;
-        }
         let mut sink = blocking({
             let store = Arc::clone(&store);
             move || {

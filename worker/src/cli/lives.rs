@@ -1,0 +1,93 @@
+//! When a process of a local job that died is started again.
+
+use std::process::ExitStatus;
+use std::time::{Duration, Instant};
+
+/// The lives of one process.
+#[derive(Debug)]
+pub(super) struct Lives {
+    started: Instant,
+    /// When it was started again.
+    restarts: Vec<Instant>,
+    /// This life has finished a step.
+    pub(super) took_part: bool,
+    /// It was asked to end, since the job is over.
+    pub(super) dismissed: bool,
+}
+
+impl Lives {
+    /// Most restarts within [`Lives::WINDOW`].
+    const MOST: usize = 5;
+    const WINDOW: Duration = Duration::from_secs(60);
+    /// One that fails sooner by itself cannot start at all.
+    const LEAST_LIFE: Duration = Duration::from_secs(2);
+
+    /// The first life begins.
+    pub(super) fn new(now: Instant) -> Self {
+        Self {
+            started: now,
+            restarts: Vec::new(),
+            took_part: false,
+            dismissed: false,
+        }
+    }
+
+    /// Whether it was started again.
+    pub(super) fn is_again(&self) -> bool {
+        !self.restarts.is_empty()
+    }
+
+    /// Begins another life after one that ended with `status`, unless that would help nobody. Returns its number.
+    pub(super) fn next(&mut self, now: Instant, status: ExitStatus) -> Option<usize> {
+        let wrong_usage_or_asked = matches!(status.code(), Some(2 | 130));
+        let stillborn = status.code().is_some() && now - self.started < Self::LEAST_LIFE;
+        let recent = |at: &&Instant| now - **at < Self::WINDOW;
+        let often = self.restarts.iter().filter(recent).count() >= Self::MOST;
+        if wrong_usage_or_asked || stillborn || often {
+            return None;
+        }
+        self.restarts.push(now);
+        (self.started, self.took_part) = (now, false);
+        Some(self.restarts.len())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::process::ExitStatusExt;
+
+    fn code(code: i32) -> ExitStatus {
+        ExitStatus::from_raw(code << 8)
+    }
+
+    #[test]
+    fn what_would_help_nobody_is_not_done() {
+        let start = Instant::now();
+        let mut lives = Lives::new(start);
+        assert_eq!(lives.next(start, code(1)), None, "it failed at once");
+        let later = start + Duration::from_secs(5);
+        assert_eq!(lives.next(later, code(2)), None, "wrong usage");
+        assert_eq!(lives.next(later, code(130)), None, "it was asked to end");
+        assert!(!lives.is_again());
+        assert_eq!(lives.next(later, code(1)), Some(1));
+        assert!(lives.is_again());
+    }
+
+    #[test]
+    fn a_killed_process_comes_back_but_not_too_often() {
+        let now = Instant::now();
+        let mut lives = Lives::new(now);
+        let killed = ExitStatus::from_raw(9);
+        for life in 1..=Lives::MOST {
+            lives.took_part = true;
+            assert_eq!(lives.next(now, killed), Some(life));
+            assert!(!lives.took_part);
+        }
+        assert_eq!(lives.next(now, killed), None);
+        assert_eq!(
+            lives.next(now + Lives::WINDOW, killed),
+            Some(Lives::MOST + 1)
+        );
+    }
+}
