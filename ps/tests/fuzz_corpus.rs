@@ -121,7 +121,7 @@ fn seeds() -> Vec<Vec<u8>> {
             deadlines.clone(),
             frame(1, 1),
             vec![0, 13, 0, 1, 1, 13, 0, 0],
-            vec![0, 17, 0, 0, 0],
+            vec![0, 17, 0, 0],
             join(4),
             join(5),
             cut(0),

@@ -77,8 +77,8 @@ struct Play {
 /// Plays the events that `bytes` stand for.
 ///
 /// # Panics
-/// If an event makes the machine panic, hold more than it may, give two answers to one phase, or name a deadline at which
-/// nothing happens or before which something does.
+/// If an event makes the machine panic, hold more than it may, give two answers to one phase, let a round wait that could
+/// go on, or name a deadline that is over or before which something happens.
 pub fn operations(bytes: &[u8]) {
     let mut source = Source(bytes);
     let mut play = Play::new(&mut source);
@@ -344,9 +344,9 @@ impl Play {
     fn other(&self, session: SessionId, source: &mut Source<'_>) -> Event {
         let step = source.step(self.step());
         match source.below(4) {
-            0 => Event::Pin {
-                run: RunId([source.byte() % 8; 16]),
-                step,
+            0 => Event::Control {
+                session,
+                message: Control::Donating { step },
             },
             1 => Event::Report {
                 session,
@@ -456,6 +456,12 @@ impl Play {
         assert!(load.open_rounds <= steps * job.rounds.buckets_here());
         assert!(load.parked_bytes <= steps * share * SESSIONS as usize);
         assert!(load.retained_bytes <= RETAINED_BYTES + (steps + 1) * share);
+        for (step, _, round) in job.rounds.open().filter(|_| job.is_running()) {
+            let live = job.members.live(now, step);
+            let all = live.iter().all(|rank| round.has(*rank));
+            let enough = live.len() >= usize::from(shard.config().min_workers);
+            assert!(!enough || !all, "a round waits that could go on");
+        }
         // Told too early: of each rank in each step, and one phase of three is never early.
         let (early, told) = job.rounds.told();
         let ranks = status.members.len() + 256;
@@ -463,6 +469,13 @@ impl Play {
         assert!(job.applicants.len() as u64 <= SESSIONS);
         assert!(job.digests.held() <= 9 * 256);
     }
+}
+
+/// As a shard calls its starts, from the first on.
+fn run(before: u8) -> RunId {
+    let mut run = [0; 16];
+    (run[0], run[8]) = (1, before + 1);
+    RunId(run)
 }
 
 fn place(source: &mut Source<'_>) -> Place {
@@ -478,7 +491,7 @@ fn place(source: &mut Source<'_>) -> Place {
         more => u16::from(RANKS) + u16::from(more % 2),
     };
     Place {
-        run: RunId([source.byte() % 8; 16]),
+        run: run(source.byte() % 3),
         rank: Rank(rank.into()),
         epoch: Epoch(epoch),
         next_rank,

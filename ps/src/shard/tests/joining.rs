@@ -53,10 +53,7 @@ fn a_joiner_gets_the_next_rank_with_a_donors_snapshot_and_catches_up() {
     assert_eq!(messages(&actions), [(7, waiting), (0, Control::Donate)]);
     assert_eq!(asked(&bench.handle(Event::Tick)), NOBODY, "asked once");
     steps(&mut bench, &[0, 1], 5..6);
-    bench.handle(Event::Pin {
-        run: RunId(incarnation(0)),
-        step: Step(6),
-    });
+    bench.control(0, Control::Donating { step: Step(6) });
     steps(&mut bench, &[0, 1], 6..30);
     let actions = donated(&mut bench, 0, 6);
     let expected = Place {
@@ -254,21 +251,18 @@ fn a_snapshot_of_a_step_that_has_not_been_is_refused() {
 fn answers_are_kept_from_a_pin_on_and_no_longer_than_needed() {
     let (mut bench, _) = two_of(3);
     let retained = |bench: &Bench| bench.shard.load().retained_rounds as u64;
-    let pin = |run, step| Event::Pin {
-        run: RunId(run),
-        step: Step(step),
-    };
+    let pin = |step| Control::Donating { step: Step(step) };
     steps(&mut bench, &[0, 1], 0..20);
     assert_eq!(retained(&bench), RETAIN_STEPS);
-    // What is gone stays gone, and other runs are of no interest.
-    bench.handle(pin(incarnation(9), 0));
+    // What is gone stays gone, and nobody else has a say.
+    bench.control(9, pin(0));
     steps(&mut bench, &[0, 1], 20..21);
     assert_eq!(retained(&bench), RETAIN_STEPS);
-    bench.handle(pin(incarnation(0), 14));
+    bench.control(0, pin(14));
     steps(&mut bench, &[0, 1], 21..40);
     assert_eq!(retained(&bench), 40 - 14);
     // A later one does not take from the first.
-    bench.handle(pin(incarnation(0), 30));
+    bench.control(0, pin(30));
     steps(&mut bench, &[0, 1], 40..41);
     assert_eq!(retained(&bench), 41 - 14);
     bench.tick(Duration::from_secs(119));
@@ -290,10 +284,7 @@ fn retained_answers_have_a_limit_that_no_pin_moves() {
     };
     let mut bench = Bench::running(2, Compressor::Dense);
     bench.shard.limits = limits;
-    bench.handle(Event::Pin {
-        run: RunId(incarnation(0)),
-        step: Step(0),
-    });
+    bench.control(0, Control::Donating { step: Step(0) });
     for step in 0..30 {
         steps(&mut bench, &[0, 1], step..step + 1);
         let load = bench.shard.load();
@@ -329,7 +320,7 @@ fn those_that_wait_start_the_job_anew_when_the_others_are_gone() {
     assert_eq!(ranks(&actions), [(7, 0), (8, 1)]);
     let welcome = &welcomes(&actions)[0].1;
     assert!(!welcome.snapshot);
-    assert_eq!(welcome.place.run, RunId(incarnation(7)));
+    assert_eq!(welcome.place.run, run(2));
     assert_eq!((welcome.step, bench.shard.is_running()), (Step(0), true));
     steps(&mut bench, &[7, 8], 0..2);
 }
