@@ -170,7 +170,11 @@ fn an_answer_that_anybody_holds_goes_to_all_and_no_other_is_formed() {
     }
     let actions = tell_one(&mut bench, 12, &past[4]);
     let selection = without_lead(past[4].clone());
-    assert_eq!(to(&actions, 10), [selection.clone()], "at once");
+    assert_eq!(
+        to(&actions, 10),
+        core::slice::from_ref(&selection),
+        "at once"
+    );
     assert_eq!(to(&actions, 11), [selection]);
     assert_eq!(to(&actions, 12), [], "it did not ask");
     let kind = FrameKind::Values;
@@ -209,7 +213,7 @@ fn an_answer_that_only_one_who_was_not_counted_holds_is_an_answer_too() {
     for rank in 0..3 {
         come(&mut bench, rank, u64::from(rank == 2));
     }
-    tell(&mut bench, 12, &[got.clone()]);
+    tell(&mut bench, 12, core::slice::from_ref(&got));
     let actions = bench.send(10, 0, FrameKind::Dense, encode(&numbers(17, 9)));
     let (_, header, body) = whole_answers(&actions).remove(0);
     assert_eq!((body, header.flags.counted), (got.1, true));
