@@ -12,7 +12,7 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
-use arc_topk_common::wire::{FrameFlags, FrameHeader, FrameKind, Hello, PROTOCOL_VERSION};
+use arc_topk_common::wire::{FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION};
 use arc_topk_ps::shard::aggregate::{Piece, Sum};
 use arc_topk_ps::shard::{Event, SessionId, Shard, ShardConfig};
 use bytes::Bytes;
@@ -73,13 +73,7 @@ fn sums(c: &mut Criterion) {
 }
 
 fn shard(value_type: ValueType) -> Shard {
-    let config = ShardConfig {
-        shard: ShardId(0),
-        shards: 1,
-        job: "job".to_owned(),
-        world: WORKERS as u16,
-        min_workers: 1,
-    };
+    let config = ShardConfig::new("job", ShardId(0), 1, WORKERS as u16);
     let algorithm = AlgorithmConfig {
         compressor: Compressor::Dense,
         wire_dense: value_type,
@@ -95,11 +89,14 @@ fn shard(value_type: ValueType) -> Shard {
         protocol: PROTOCOL_VERSION,
         job: "job".to_owned(),
         incarnation: [0; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
         shard: 0,
         host: String::new(),
+        intent: Intent::Join {
+            rank: None,
+            world: None,
+            start_step: Step(0),
+            elastic: false,
+        },
         plan: PlanSpec {
             trainer: String::new(),
             algorithm,
@@ -165,6 +162,8 @@ fn header(step: u64, body: &Bytes) -> FrameHeader {
         step: Step(step),
         update: step,
         body_bytes: body.len() as u32,
+        roster_bytes: 0,
+        lead: 0,
     }
 }
 

@@ -139,7 +139,7 @@ async fn a_worker_that_vanishes_is_removed_and_the_round_closes() {
 #[tokio::test]
 async fn a_worker_that_dials_again_has_its_place_and_its_round() {
     let dir = tempfile::tempdir().unwrap();
-    let (server, identity, mut workers) = running(dir.path(), 2).await;
+    let (server, identity, workers) = running(dir.path(), 2).await;
     let _lost_with_its_connection = workers[0].send_dense(0, 1.0).await;
     shows(&server, "arc_open_rounds 1").await;
     let place = workers[0].welcome.clone().unwrap().place;
@@ -402,7 +402,7 @@ async fn a_first_message_that_is_no_hello_is_refused_with_a_reason() {
     let mut worker = Worker {
         connection,
         control,
-        rank: None,
+        welcome: None,
         elements: 0,
     };
     let (code, detail) = worker.refusal().await;

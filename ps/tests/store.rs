@@ -1,10 +1,9 @@
 //! The snapshot store's service, asked by clients that die, dawdle, lie or send nonsense.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
-use arc_topk_common::ids::{ShardId, Step};
+use arc_topk_common::ids::{RunId, ShardId, Step};
 use arc_topk_common::wire::{
-    MAX_STORE_MESSAGE_BYTES, Owner, PieceMeta, RunId, SnapshotId, StoreCode, StoreRequest,
-    StoreResponse,
+    MAX_STORE_MESSAGE_BYTES, Owner, PieceMeta, SnapshotId, StoreCode, StoreRequest, StoreResponse,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -35,7 +34,7 @@ impl Shard {
         let options = ServeOptions {
             listen: any,
             admin: None,
-            identity: Identity::load(&made.shard).unwrap(),
+            identity: Identity::load(&made.shard).unwrap().into(),
             transport: TransportConfig::default(),
             shard: ShardConfig::new("job", ShardId(0), 1, 1),
             timeouts,

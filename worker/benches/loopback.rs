@@ -17,8 +17,8 @@ use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step};
 use arc_topk_common::plan::{DType, Plan, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, PROTOCOL_VERSION,
-    RoundShape,
+    Control, Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    PROTOCOL_VERSION, RoundShape,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -156,6 +156,8 @@ impl Load {
             step: Step(step),
             update: step,
             body_bytes: self.up.len() as u32,
+            roster_bytes: 0,
+            lead: 0,
         }
     }
 
@@ -279,11 +281,14 @@ async fn join(address: &str, identity: Identity, plan: PlanSpec) -> (Connection,
         protocol: PROTOCOL_VERSION,
         job: "bench".to_owned(),
         incarnation: [0; 16],
-        rank: None,
-        world: None,
-        start_step: Step(0),
         shard: 0,
         host: "bench".to_owned(),
+        intent: Intent::Join {
+            rank: None,
+            world: None,
+            start_step: Step(0),
+            elastic: false,
+        },
         plan,
     };
     let hello = Control::Hello(Box::new(hello));

@@ -4,8 +4,8 @@
 mod net;
 mod support;
 
-use arc_topk_common::ids::{Rank, Step};
-use arc_topk_common::wire::{Manifest, Owner, PartInfo, RunId, SnapshotId, StoreCode};
+use arc_topk_common::ids::{Rank, RunId, Step};
+use arc_topk_common::wire::{Manifest, Owner, PartInfo, SnapshotId, StoreCode};
 use arc_topk_ps::server::{ServeError, Server};
 use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::{Identity, TransportError};

@@ -1,11 +1,11 @@
 //! Round frames: what a member sends, and the answers that follow.
 
 use super::event::{Action, Observation, SessionId};
-use super::members::Waited;
+use super::members::{Told, Waited};
 use super::reply::Answer;
 use super::round::{Accepted, Frame};
 use super::rounds::{Due, Fault, Key};
-use super::{Job, Life, Shard};
+use super::{Job, Life, Limits, Shard};
 use arc_topk_common::ids::Rank;
 use arc_topk_common::wire::{FrameFlags, FrameHeader};
 use bytes::Bytes;
@@ -33,17 +33,52 @@ impl Shard {
                 "a round frame came before the Welcome: say Hello and wait for it".to_owned();
             return self.violation(now, session, detail, out);
         };
+        if let Some(job) = &mut self.job
+            && job.is_telling(rank)
+        {
+            let parked = job.park_until_told(rank, header, body, &self.limits);
+            return match parked {
+                Ok(()) => {}
+                Err(detail) => self.violation(now, session, detail, out),
+            };
+        }
+        self.member_frame(now, rank, session, header, body, out);
+    }
+
+    /// Frames that overtook what their sender told, now that it has told everything.
+    pub(super) fn take_parked(&mut self, now: Duration, rank: Rank, out: &mut Vec<Action>) {
+        let Some(member) = self.job.as_mut().and_then(|job| job.members.get_mut(rank)) else {
+            return;
+        };
+        let (frames, session) = (core::mem::take(&mut member.early), member.session());
+        for (header, body) in frames {
+            // The first frame may have cost it its place.
+            let here = self.job.as_ref().and_then(|job| job.members.session(rank));
+            if let Some(session) = session.filter(|session| here == Some(*session)) {
+                self.member_frame(now, rank, session, header, body, out);
+            }
+        }
+    }
+
+    fn member_frame(
+        &mut self,
+        now: Duration,
+        rank: Rank,
+        session: SessionId,
+        header: FrameHeader,
+        body: Bytes,
+        out: &mut Vec<Action>,
+    ) {
         match self.accept_frame(now, rank, session, header, body) {
             Err(fault) => self.fault(now, rank, fault, out),
             Ok(Accepted::Late(answer)) => {
                 self.answer_late(now, rank, session, header, &answer, out)
             }
             Ok(Accepted::Taken) => {
-                if self
-                    .job
-                    .as_ref()
-                    .is_some_and(|job| job.members.count() < usize::from(self.config.min_workers))
-                {
+                let minimum = usize::from(self.config.min_workers);
+                let job = self.job.as_ref();
+                // Who is there is not known before everyone has been heard.
+                if job.is_some_and(|job| job.is_running() && job.members.count() < minimum) {
                     return self.too_few(now, "the others left", out);
                 }
                 self.advance(now, (header.step, header.bucket), out);
@@ -87,7 +122,7 @@ impl Shard {
         let steps = job.steps_for(rank);
         let mut live = job.members.live(now, header.step);
         if !job.is_running() {
-            // Those that are still to come have their turn, too.
+            // Those that have not come yet keep their turn in the sums.
             live.extend(&job.members.listed);
         }
         let accepted = job.rounds.accept(now, header, frame, &live, steps)?;
@@ -184,6 +219,35 @@ impl Shard {
 }
 
 impl Job {
+    /// Whether a member is still telling what it holds.
+    fn is_telling(&self, rank: Rank) -> bool {
+        let member = self.members.get(rank);
+        member.is_some_and(|member| matches!(member.told, Told::Partly { .. }))
+    }
+
+    /// Held frames go on streams of their own, so that a frame of the open step may come before an answer that it builds on:
+    /// values before the selection that they belong to.
+    fn park_until_told(
+        &mut self,
+        rank: Rank,
+        header: FrameHeader,
+        body: Bytes,
+        limits: &Limits,
+    ) -> Result<(), String> {
+        let most = self.rounds.open_limit();
+        let Some(member) = self.members.get_mut(rank) else {
+            return Ok(());
+        };
+        let parked: usize = member.early.iter().map(|(_, body)| body.len()).sum();
+        if member.early.len() >= most || parked + body.len() > limits.parked_bytes_per_session {
+            return Err(format!(
+                "rank {rank} sends more than a step's frames before it has told the answers that it holds: run the same release everywhere"
+            ));
+        }
+        member.early.push((header, body));
+        Ok(())
+    }
+
     /// Steps of which rounds are taken from this member. While the shard is being told it does not know where the job is,
     /// but a member sends frames of one step alone, or has just gone on to the next.
     fn steps_for(&self, rank: Rank) -> core::ops::RangeInclusive<u64> {

@@ -246,6 +246,7 @@ impl Shard {
             .members
             .get(rank)
             .is_some_and(|member| member.incarnation.is_some());
+        job.first_comes(now);
         if job.members.get(rank).is_none() {
             let member = Member::new(hello, session, step, now);
             job.members.insert(rank, member);
@@ -409,6 +410,7 @@ impl Member {
             waited: Waited::From(step),
             step,
             told: Told::Partly { got: 0, of: None },
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,
@@ -426,6 +428,7 @@ impl Member {
         } else {
             Waited::Joining
         };
+        self.early.clear();
         if self.told != Told::All {
             self.told = Told::Partly { got: 0, of: None };
         }
@@ -442,6 +445,7 @@ impl Applicant {
             waited,
             step,
             told: Told::All,
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,

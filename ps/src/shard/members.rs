@@ -3,7 +3,9 @@
 use super::event::{Report, SessionId};
 use super::stragglers::Lateness;
 use arc_topk_common::ids::{Epoch, Rank, Step};
+use arc_topk_common::wire::FrameHeader;
 use arc_topk_common::wire::Place;
+use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -58,6 +60,8 @@ pub(super) struct Member {
     /// The highest step that it is known to have come to.
     pub(super) step: Step,
     pub(super) told: Told,
+    /// Frames that came while it was still telling.
+    pub(super) early: Vec<(FrameHeader, Bytes)>,
     pub(super) since: Duration,
     pub(super) report: Option<Report>,
     /// Seconds for which the others waited for it, all phases together.
@@ -85,6 +89,7 @@ impl Member {
             waited: Waited::Joining,
             step: Step(0),
             told: Told::Partly { got: 0, of: None },
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,

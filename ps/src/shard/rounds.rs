@@ -215,8 +215,8 @@ impl Rounds {
             return Ok(None);
         };
         if closed.update != header.update {
-            return Err(Fault::Protocol(format!(
-                "rank {} is at update {} in step {step}, but the others were at update {}: their schedules have come apart; resume all workers from one checkpoint",
+            return Err(Fault::Differs(format!(
+                "rank {} is at update {} in step {step}, but the others were at update {}: its copy went another way while it was cut off; join again",
                 frame.rank, header.update, closed.update
             )));
         }

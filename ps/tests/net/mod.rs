@@ -16,6 +16,7 @@ use arc_topk_common::wire::{
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
+use arc_topk_ps::store::StoreOptions;
 use arc_topk_transport::certs::{CertRequest, make_job_certs};
 use arc_topk_transport::{
     Connection, ControlStream, Identity, IdentitySource, RecvStream, SendStream, TransportConfig,
@@ -47,6 +48,7 @@ pub fn options(identity: impl Into<IdentitySource>, world: u16) -> ServeOptions 
         shard: ShardConfig::new("job", ShardId(0), 1, world),
         chaos_delay: Duration::ZERO,
         timeouts: Timeouts::default(),
+        store: StoreOptions::default(),
     }
 }
 

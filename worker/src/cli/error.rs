@@ -46,7 +46,7 @@ pub(crate) enum CliError {
     )]
     SnapshotsInUse { dir: PathBuf },
     #[error(transparent)]
-    Store(#[from] crate::store::StoreError),
+    Store(Box<crate::store::StoreError>),
     #[error(
         "the job has ended while this worker was away, so there is nothing that it could join again; start all workers \
          again, with --resume if there are snapshots or checkpoints"
@@ -78,6 +78,12 @@ pub(crate) enum CliError {
     Job { failed: usize, logs: PathBuf },
     #[error("stopped by a signal")]
     Interrupted,
+}
+
+impl From<crate::store::StoreError> for CliError {
+    fn from(error: crate::store::StoreError) -> Self {
+        Self::Store(Box::new(error))
+    }
 }
 
 impl CliError {

@@ -161,7 +161,7 @@ mod tests {
             .collect();
         let shared = vec![named("global", &[3.0, 4.0])];
         let own: Arrays = vec![named("momentum", &[1.0, 1.0]), named("local", &[2.0, 2.0])];
-        let same = taken_over(&template, &shared, &[own.clone()], 4, 4).unwrap();
+        let same = taken_over(&template, &shared, std::slice::from_ref(&own), 4, 4).unwrap();
         assert_eq!(same[0].1, [1.0, 1.0]);
         assert_eq!(same[1].1, [2.0, 2.0]);
         assert_eq!(same[2].1, [3.0, 4.0]);

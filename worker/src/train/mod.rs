@@ -56,7 +56,7 @@ pub enum TrainError {
     Checkpoint(#[from] CheckpointError),
     /// A snapshot cannot be had or used.
     #[error(transparent)]
-    Snapshot(#[from] SnapshotError),
+    Snapshot(Box<SnapshotError>),
     /// Records cannot be written.
     #[error(transparent)]
     Record(#[from] RecordError),
@@ -88,11 +88,17 @@ impl TrainError {
     /// Whether the job goes on without this worker, which may join it again.
     #[must_use]
     pub fn may_join_again(&self) -> bool {
-        matches!(
-            self,
-            Self::Reduce(ReduceError::Superseded { .. })
-                | Self::Snapshot(SnapshotError::Late { .. })
-        )
+        match self {
+            Self::Reduce(error) => matches!(error, ReduceError::Superseded { .. }),
+            Self::Snapshot(error) => matches!(**error, SnapshotError::Late { .. }),
+            _ => false,
+        }
+    }
+}
+
+impl From<SnapshotError> for TrainError {
+    fn from(error: SnapshotError) -> Self {
+        Self::Snapshot(Box::new(error))
     }
 }
 

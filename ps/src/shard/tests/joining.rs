@@ -116,6 +116,7 @@ fn another_shard_learns_of_a_joiner_by_its_coming() {
     *waited = false;
     let actions = bench.hello(7, hello);
     assert_eq!(ranks(&actions), [(7, 2)]);
+    bench.control(7, Control::Retelling { frames: 0 });
     for session in 0..2 {
         bench.send(session, 0, FrameKind::Dense, body.clone());
     }

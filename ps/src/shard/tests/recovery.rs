@@ -213,6 +213,7 @@ fn an_answer_that_only_one_who_was_not_counted_holds_is_an_answer_too() {
     for rank in 0..3 {
         come(&mut bench, rank, u64::from(rank == 2));
     }
+    tell(&mut bench, 10, &[]);
     tell(&mut bench, 12, core::slice::from_ref(&got));
     let actions = bench.send(10, 0, FrameKind::Dense, encode(&numbers(17, 9)));
     let (_, header, body) = whole_answers(&actions).remove(0);
@@ -233,12 +234,12 @@ fn a_skip_that_somebody_holds_is_a_skip_for_all() {
     for rank in 0..3 {
         come(&mut bench, rank, u64::from(rank == 2));
     }
+    tell(&mut bench, 10, &[]);
     bench.send(10, 0, FrameKind::Sketch, contribution(KINDS[0], 0, 0));
     let actions = tell(&mut bench, 12, &[got]);
     let (_, header, _) = answers(&actions).remove(0);
     assert!(header.flags.non_finite);
     assert_eq!(closed_round(&actions).unwrap().outcome, Outcome::NonFinite);
-    tell(&mut bench, 10, &[]);
     assert_eq!(recovered(&tell(&mut bench, 11, &[])), Some((1, 3, 3, 1)));
     assert_eq!(bench.shard.status(bench.now).step, Step(1));
 }

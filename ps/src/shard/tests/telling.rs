@@ -164,6 +164,7 @@ fn a_held_answer_with_another_update_number_is_of_another_life() {
     let mut told = past(1);
     let mut bench = fresh();
     come(&mut bench, 0, 0);
+    tell(&mut bench, 10, &[]);
     bench.send(10, 0, KINDS[0], contribution(KINDS[0], 0, 0));
     come(&mut bench, 1, 0);
     told[0].0.update = 7;

@@ -6,8 +6,8 @@ mod index;
 
 use super::StoreOptions;
 use super::index::part_of;
-use arc_topk_common::ids::{Rank, Step};
-use arc_topk_common::wire::{Manifest, Owner, PartInfo, PieceMeta, RunId, SnapshotId, piece_range};
+use arc_topk_common::ids::{Rank, RunId, Step};
+use arc_topk_common::wire::{Manifest, Owner, PartInfo, PieceMeta, SnapshotId, piece_range};
 use sha2::{Digest, Sha256};
 
 fn id(run: u8, step: u64) -> SnapshotId {
