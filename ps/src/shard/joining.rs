@@ -159,12 +159,11 @@ impl Shard {
             return;
         }
         let applicants = core::mem::take(&mut job.applicants);
-        let (run, start) = applicants
-            .first()
-            .map_or((RunId::default(), Step(0)), |first| {
-                (RunId(first.incarnation), first.start)
-            });
-        job.run = run;
+        let start = applicants.first().map_or(Step(0), |first| first.start);
+        // Of nothing that a worker keeps to itself: all members know it.
+        self.starts += 1;
+        let run = u128::from(self.starts) << 64 | u128::from(self.config.incarnation);
+        job.run = RunId(run.to_le_bytes());
         job.life = Life::Running;
         job.rounds.begin();
         let given = give_ranks(&applicants);

@@ -30,6 +30,7 @@
 
 pub mod aggregate;
 mod answer;
+pub mod any_bytes;
 mod digests;
 mod event;
 mod frames;
@@ -162,6 +163,8 @@ pub struct Shard {
     board: Board,
     /// Of the first event.
     born: Option<Duration>,
+    /// How often the job has started here.
+    starts: u64,
     /// When time alone may change something.
     deadline: Option<Duration>,
 }
@@ -183,6 +186,7 @@ impl Shard {
             successors: BTreeMap::new(),
             board: Board::default(),
             born: None,
+            starts: 0,
             deadline: None,
         }
     }
@@ -255,6 +259,11 @@ impl Shard {
     pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
         let first = out.len();
         self.born.get_or_insert(now);
+        // A frame concerns its own round; anything else may change for whom rounds wait.
+        let all_rounds = !matches!(
+            event,
+            Event::Round { .. } | Event::Report { .. } | Event::Tick
+        );
         match event {
             Event::Hello { session, hello } => self.hello(now, session, *hello, out),
             Event::Round {
@@ -274,7 +283,7 @@ impl Shard {
             Event::Shutdown { reason } => self.shut_down(&reason, out),
             Event::Tick => {}
         }
-        self.pass_time(now, out);
+        self.pass_time(now, all_rounds, out);
         let observed = out[first..].iter().filter_map(|action| match action {
             Action::Observe(observation) => Some(observation),
             _ => None,
@@ -283,13 +292,13 @@ impl Shard {
     }
 
     /// What follows from the time alone.
-    fn pass_time(&mut self, now: Duration, out: &mut Vec<Action>) {
+    fn pass_time(&mut self, now: Duration, all_rounds: bool, out: &mut Vec<Action>) {
         self.end_recovery(now, out);
         self.remove_lost(now, out);
         self.start_after_grace(now, out);
         self.attend_applicants(now, out);
         self.attend_successors(now, out);
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
+        if all_rounds || self.deadline.is_some_and(|deadline| deadline <= now) {
             self.advance_all(now, out);
         }
         if let Some(job) = &mut self.job {

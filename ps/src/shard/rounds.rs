@@ -143,6 +143,11 @@ impl Rounds {
         self.here.len()
     }
 
+    /// Answers that wait for those that they follow, and notes of who told what.
+    pub(super) fn told(&self) -> (usize, usize) {
+        (self.held_early.len(), self.told.len())
+    }
+
     pub(super) fn parked_bytes(&self, rank: Rank) -> usize {
         self.open
             .values()
@@ -542,6 +547,14 @@ impl Rounds {
         let later = self.open.split_off(&(step, BucketId(0)));
         let dropped = core::mem::replace(&mut self.open, later);
         self.step = self.step.max(step);
+        // What members that are gone again did in steps to which nobody has come.
+        let beyond = Step(self.window().end().saturating_add(1));
+        self.open.split_off(&(beyond, BucketId(0)));
+        self.updates.split_off(&beyond);
+        let later = Step(step.0.saturating_add(1));
+        for closed in self.closed.split_off(&(later, BucketId(0))).into_values() {
+            self.retained_bytes -= closed.bytes();
+        }
         self.move_on();
         dropped
             .into_values()
