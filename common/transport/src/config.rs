@@ -1,6 +1,7 @@
 //! Tuning of a session.
 
 use crate::error::TransportError;
+use quinn_proto::HashedConnectionIdGenerator;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -128,10 +129,15 @@ impl TransportConfig {
     /// predecessor at their next packet that their connection is gone (stateless reset, RFC 9000 §10.3), instead of
     /// leaving them to their idle timeout.
     pub(crate) fn endpoint(&self, secret: Option<&[u8]>) -> quinn::EndpointConfig {
-        let mut config = match secret {
-            Some(secret) => quinn::EndpointConfig::new(Arc::new(reset_key(secret))),
-            None => quinn::EndpointConfig::default(),
-        };
+        let mut config = quinn::EndpointConfig::default();
+        if let Some(secret) = secret {
+            config = quinn::EndpointConfig::new(Arc::new(derived_key(secret, b"stateless reset")));
+            // Connection ids of the predecessor must be known for its own, or its packets are dropped unanswered.
+            let tag = ring::hmac::sign(&derived_key(secret, b"connection ids"), b"");
+            let key = tag.as_ref().first_chunk::<8>().copied().unwrap_or_default();
+            let key = u64::from_le_bytes(key);
+            config.cid_generator(move || Box::new(HashedConnectionIdGenerator::from_key(key)));
+        }
         let largest = self
             .max_udp_payload_bytes
             .max(self.loopback_udp_payload_bytes)
@@ -143,11 +149,10 @@ impl TransportConfig {
     }
 }
 
-/// The private key itself must not be a MAC's key, so that neither can say anything of the other.
-fn reset_key(secret: &[u8]) -> ring::hmac::Key {
-    let label = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, b"arc-topk stateless reset");
-    ring::hmac::Key::new(
-        ring::hmac::HMAC_SHA256,
-        ring::hmac::sign(&label, secret).as_ref(),
-    )
+/// A key of its own for each purpose: the private key itself must not be a MAC's, so that neither can say anything of the
+/// other.
+fn derived_key(secret: &[u8], purpose: &[u8]) -> ring::hmac::Key {
+    let algorithm = ring::hmac::HMAC_SHA256;
+    let purpose = ring::hmac::Key::new(algorithm, purpose);
+    ring::hmac::Key::new(algorithm, ring::hmac::sign(&purpose, secret).as_ref())
 }

@@ -404,3 +404,41 @@ async fn connections_are_measured() {
     assert!(figures.sent_packets > 0 && figures.sent_bytes > 0 && figures.received_bytes > 0);
     assert!(figures.rtt > Duration::ZERO && figures.congestion_window_bytes > 0);
 }
+
+/// A process that is killed says nothing. One that takes its place answers the next packet of its peers.
+#[test]
+fn a_restarted_endpoint_resets_connections_of_its_predecessor() {
+    let dir = tempfile::tempdir().unwrap();
+    let certs = certs(dir.path(), &request());
+    let (shard, worker) = (load(&certs.shard), load(&certs.worker));
+    let clients = tokio::runtime::Runtime::new().unwrap();
+    let killed = tokio::runtime::Runtime::new().unwrap();
+    let (endpoint, address) = killed.block_on(async { listen(&shard) });
+    let connection = clients.block_on(async {
+        killed.spawn(async move {
+            let connection = endpoint.accept().await.unwrap().await.unwrap();
+            connection.closed().await;
+        });
+        // No idle timeout may end it before.
+        let config = TransportConfig {
+            idle_timeout: Duration::from_secs(600),
+            ..TransportConfig::default()
+        };
+        connect(&address, &worker, &config).await.unwrap()
+    });
+    // Nothing is driven any more, so that no farewell goes out.
+    killed.shutdown_background();
+    let ended = clients.block_on(async {
+        let config = TransportConfig::default();
+        let listening = address.parse().unwrap();
+        let mut successor = server_endpoint(listening, &shard, &config);
+        while successor.is_err() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            successor = server_endpoint(listening, &shard, &config);
+        }
+        let _successor = successor.unwrap();
+        connection.closed().await
+    });
+    let error = connection_error("the shard", &ended);
+    assert!(matches!(error, TransportError::Reset { .. }), "{error:?}");
+}
