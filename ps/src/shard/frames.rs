@@ -1,7 +1,7 @@
 //! Round frames: what a member sends, and the answers that follow.
 
 use super::event::{Action, Observation, SessionId};
-use super::members::Waited;
+use super::members::{Member, Told, Waited};
 use super::reply::Answer;
 use super::round::{Accepted, Frame};
 use super::rounds::{Due, Fault, Key};
@@ -33,7 +33,8 @@ impl Shard {
                 "a round frame came before the Welcome: say Hello and wait for it".to_owned();
             return self.violation(now, session, detail, out);
         };
-        match self.accept_frame(now, rank, session, header, body) {
+        match self.accept_frame(now, rank, session, header, body.clone()) {
+            Err(Fault::Early(_)) if self.keep_early(rank, header, &body) => {}
             Err(fault) => self.fault(now, rank, fault, out),
             Ok(Accepted::Late(answer)) => {
                 self.answer_late(now, rank, session, header, &answer, out)
@@ -69,7 +70,8 @@ impl Shard {
                 body.len()
             )));
         }
-        let parked = job.rounds.parked_bytes(rank) + body.len();
+        let early = job.members.get(rank).map_or(0, Member::early_bytes);
+        let parked = job.rounds.parked_bytes(rank) + early + body.len();
         if parked > self.limits.parked_bytes_per_session {
             return Err(Fault::Protocol(format!(
                 "{parked} bytes of rank {rank} would wait here for other workers, above the limit of {}: use more shards or smaller buckets",
@@ -95,6 +97,35 @@ impl Shard {
             member.step = member.step.max(header.step);
         }
         Ok(accepted)
+    }
+
+    /// Keeps a frame until its sender has told what it holds, which brings the round to that phase. Whether there is
+    /// something to wait for.
+    fn keep_early(&mut self, rank: Rank, header: FrameHeader, body: &Bytes) -> bool {
+        let Some(job) = &mut self.job else {
+            return false;
+        };
+        let most = job.rounds.open_limit();
+        let member = job.members.get_mut(rank);
+        let Some(member) = member.filter(|m| m.told != Told::All && m.early.len() < most) else {
+            return false;
+        };
+        member.step = member.step.max(header.step);
+        member.early.push((header, body.clone()));
+        true
+    }
+
+    /// Takes the frames that had come before all was told.
+    pub(super) fn take_early(&mut self, now: Duration, rank: Rank, out: &mut Vec<Action>) {
+        let member = self.job.as_mut().and_then(|job| job.members.get_mut(rank));
+        let Some((session, early)) =
+            member.and_then(|m| Some((m.session()?, core::mem::take(&mut m.early))))
+        else {
+            return;
+        };
+        for (header, body) in early {
+            self.frame(now, session, header, body, out);
+        }
     }
 
     /// The answer of a phase that closed before this frame came.

@@ -3,7 +3,8 @@
 use super::event::{Report, SessionId};
 use super::stragglers::Lateness;
 use arc_topk_common::ids::{Epoch, Rank, Step};
-use arc_topk_common::wire::Place;
+use arc_topk_common::wire::{FrameHeader, Place};
+use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -58,6 +59,8 @@ pub(super) struct Member {
     /// The highest step that it is known to have come to.
     pub(super) step: Step,
     pub(super) told: Told,
+    /// Frames of its session that can only be taken when it has told all.
+    pub(super) early: Vec<(FrameHeader, Bytes)>,
     pub(super) since: Duration,
     pub(super) report: Option<Report>,
     /// Seconds for which the others waited for it, all phases together.
@@ -73,6 +76,11 @@ impl Member {
         }
     }
 
+    /// Bytes of frames that wait until it has told all.
+    pub(super) fn early_bytes(&self) -> usize {
+        self.early.iter().map(|(_, body)| body.len()).sum()
+    }
+
     /// One that others have named and that has not come.
     pub(super) fn missing(now: Duration) -> Self {
         Self {
@@ -85,6 +93,7 @@ impl Member {
             waited: Waited::Joining,
             step: Step(0),
             told: Told::Partly { got: 0, of: None },
+            early: Vec::new(),
             since: now,
             report: None,
             waited_for_seconds: 0.0,
@@ -202,6 +211,7 @@ impl Members {
         let member = self.table.get_mut(&rank)?;
         let old = member.session();
         member.link = Link::Connected(session);
+        member.early.clear();
         if let Some(old) = old {
             self.seats.remove(&old);
         }
@@ -219,6 +229,7 @@ impl Members {
         let rank = self.seats.remove(&session)?;
         if let Some(member) = self.table.get_mut(&rank) {
             member.link = Link::Away { since: now, grace };
+            member.early.clear();
         }
         Some(rank)
     }

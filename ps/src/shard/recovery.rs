@@ -98,6 +98,7 @@ impl Shard {
             *got = got.saturating_add(more);
             if of.is_some_and(|of| *got >= of) {
                 member.told = Told::All;
+                self.take_early(now, rank, out);
                 self.end_recovery(now, out);
             }
         }
@@ -153,7 +154,9 @@ impl Shard {
             return;
         };
         match fault {
-            Fault::Protocol(detail) => self.violation(now, session, detail, out),
+            Fault::Protocol(detail) | Fault::Early(detail) => {
+                self.violation(now, session, detail, out)
+            }
             Fault::Gone(detail) | Fault::Differs(detail) => {
                 self.turn_out(now, session, RefusalCode::Superseded, detail, out);
             }
