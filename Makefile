@@ -78,6 +78,14 @@ $(DENY):
 data: ## fetch the public data sets into .data (or ARC_DATA_CACHE)
 	$(PYTHON) worker/data/fetch.py $(ARGS)
 
+.PHONY: sim
+sim: ## simulate a few hundred jobs with faults in virtual time and check that nothing is lost, counted twice or different
+	$(CARGO) run --quiet --locked -p arc-topk-sim -- --seeds 0..500 $(ARGS)
+
+.PHONY: soak
+soak: ## the same until interrupted; ARGS='--seeds 0..1000000' for others
+	$(CARGO) run --quiet --locked -p arc-topk-sim -- --seeds 0..18446744073709551615 $(ARGS)
+
 .PHONY: bench
 bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
 	$(CARGO) bench --locked --workspace $(ARGS)

@@ -13,6 +13,8 @@ pub struct ShardMetrics {
     aggregate_seconds: Histogram,
     open_rounds: IntGauge,
     parked_bytes: IntGauge,
+    retained_bytes: IntGauge,
+    members_away: IntGauge,
     members: IntGauge,
     world: IntGauge,
     epoch: IntGauge,
@@ -77,6 +79,14 @@ impl ShardMetrics {
             parked_bytes: r.count(
                 "arc_parked_bytes",
                 "Contributions that arrived before those of lower ranks, held until their turn",
+            ),
+            retained_bytes: r.count(
+                "arc_retained_bytes",
+                "Answers of closed rounds that are kept for workers that come late",
+            ),
+            members_away: r.count(
+                "arc_members_away",
+                "Members whose connection is lost and who may come back",
             ),
             members: r.count("arc_members", "Live workers"),
             world: r.count("arc_world_size", "Workers that the job started with"),
@@ -220,6 +230,16 @@ impl ShardMetrics {
     pub fn set_open_rounds(&self, rounds: usize, parked_bytes: usize) {
         self.open_rounds.set(rounds as i64);
         self.parked_bytes.set(parked_bytes as i64);
+    }
+
+    /// Bytes of answers that are kept.
+    pub fn set_retained(&self, bytes: usize) {
+        self.retained_bytes.set(bytes as i64);
+    }
+
+    /// Members that are not connected.
+    pub fn set_away(&self, members: u16) {
+        self.members_away.set(i64::from(members));
     }
 
     /// Who is there now.

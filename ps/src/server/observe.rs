@@ -3,7 +3,7 @@
 use super::Hub;
 use crate::shard::{Action, Observation, Outcome, RoundClosed, Shard, Traffic};
 use arc_topk_common::metrics::{ConnectionFigures, Flow, RoundOutcome, Traffic as Kind};
-use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES};
+use arc_topk_common::wire::{Control, FrameKind, HEADER_BYTES, RefusalCode};
 use arc_topk_transport::summary;
 
 pub(super) fn changes_membership(action: &Action) -> bool {
@@ -30,6 +30,8 @@ pub(super) fn load(hub: &Hub, shard: &Shard) {
         .set_members(load.members, shard.config().world, load.epoch.0);
     hub.metrics
         .set_open_rounds(load.open_rounds, load.parked_bytes);
+    hub.metrics.set_retained(load.retained_bytes);
+    hub.metrics.set_away(load.away);
     if let Some((step, loss)) = load.training {
         hub.metrics.set_training(step.0, loss);
     }
@@ -85,6 +87,9 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
             detail,
         } => {
             hub.metrics.refused(*code);
+            if *code == RefusalCode::Superseded {
+                hub.metrics.worker_superseded();
+            }
             tracing::warn!(session = session.0, ?code, detail, "a peer was refused");
         }
         Observation::RoundClosed(round) => round_closed(hub, round),
@@ -98,9 +103,11 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
             tracing::warn!(%rank, reason, "a worker is away");
         }
         Observation::Returned { rank, seconds } => {
+            hub.metrics.worker_returned();
             tracing::info!(%rank, seconds, "a worker is back");
         }
         Observation::JoinedLater { rank, step } => {
+            hub.metrics.worker_joined();
             tracing::info!(%rank, %step, "a worker joins with a snapshot");
         }
         Observation::Recovering { members } => {
@@ -113,18 +120,23 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
             adopted,
             seconds,
         } => {
+            hub.metrics.recovered(*seconds);
             tracing::info!(%step, told, members, adopted, seconds, "the job goes on");
         }
         Observation::Adopted { rank, step, bucket } => {
+            hub.metrics.result_adopted();
             tracing::debug!(%rank, %step, %bucket, "took over an answer that a worker held");
         }
         Observation::Late { rank, seconds } => {
+            hub.metrics.late(rank.0, *seconds);
             tracing::debug!(%rank, seconds, "a contribution came after its phase had closed");
         }
         Observation::Straggling { rank, persistent } => {
+            hub.metrics.set_persistent_straggler(rank.0, *persistent);
             tracing::warn!(%rank, persistent, "a worker is late most of the time, or no longer");
         }
         Observation::DigestsDiffer { step, ranks } => {
+            hub.metrics.digests_differ();
             tracing::error!(%step, ?ranks, "the parameters of workers are not the same");
         }
         Observation::Emptied => {

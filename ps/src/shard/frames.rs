@@ -1,11 +1,11 @@
 //! Round frames: what a member sends, and the answers that follow.
 
 use super::event::{Action, Observation, SessionId};
-use super::members::{Member, Told, Waited};
+use super::members::{Told, Waited};
 use super::reply::Answer;
 use super::round::{Accepted, Frame};
 use super::rounds::{Due, Fault, Key};
-use super::{Job, Life, Shard};
+use super::{Job, Life, Limits, Shard};
 use arc_topk_common::ids::Rank;
 use arc_topk_common::wire::{FrameFlags, FrameHeader};
 use bytes::Bytes;
@@ -33,18 +33,52 @@ impl Shard {
                 "a round frame came before the Welcome: say Hello and wait for it".to_owned();
             return self.violation(now, session, detail, out);
         };
-        match self.accept_frame(now, rank, session, header, body.clone()) {
-            Err(Fault::Early(_)) if self.keep_early(rank, header, &body) => {}
+        if let Some(job) = &mut self.job
+            && job.is_telling(rank)
+        {
+            let parked = job.park_until_told(rank, header, body, &self.limits);
+            return match parked {
+                Ok(()) => {}
+                Err(detail) => self.violation(now, session, detail, out),
+            };
+        }
+        self.member_frame(now, rank, session, header, body, out);
+    }
+
+    /// Frames that overtook what their sender told, now that it has told everything.
+    pub(super) fn take_parked(&mut self, now: Duration, rank: Rank, out: &mut Vec<Action>) {
+        let Some(member) = self.job.as_mut().and_then(|job| job.members.get_mut(rank)) else {
+            return;
+        };
+        let (frames, session) = (core::mem::take(&mut member.early), member.session());
+        for (header, body) in frames {
+            // The first frame may have cost it its place.
+            let here = self.job.as_ref().and_then(|job| job.members.session(rank));
+            if let Some(session) = session.filter(|session| here == Some(*session)) {
+                self.member_frame(now, rank, session, header, body, out);
+            }
+        }
+    }
+
+    fn member_frame(
+        &mut self,
+        now: Duration,
+        rank: Rank,
+        session: SessionId,
+        header: FrameHeader,
+        body: Bytes,
+        out: &mut Vec<Action>,
+    ) {
+        match self.accept_frame(now, rank, session, header, body) {
             Err(fault) => self.fault(now, rank, fault, out),
             Ok(Accepted::Late(answer)) => {
                 self.answer_late(now, rank, session, header, &answer, out)
             }
             Ok(Accepted::Taken) => {
-                if self
-                    .job
-                    .as_ref()
-                    .is_some_and(|job| job.members.count() < usize::from(self.config.min_workers))
-                {
+                let minimum = usize::from(self.config.min_workers);
+                let job = self.job.as_ref();
+                // Who is there is not known before everyone has been heard.
+                if job.is_some_and(|job| job.is_running() && job.members.count() < minimum) {
                     return self.too_few(now, "the others left", out);
                 }
                 self.advance(now, (header.step, header.bucket), out);
@@ -70,8 +104,7 @@ impl Shard {
                 body.len()
             )));
         }
-        let early = job.members.get(rank).map_or(0, Member::early_bytes);
-        let parked = job.rounds.parked_bytes(rank) + early + body.len();
+        let parked = job.rounds.parked_bytes(rank) + body.len();
         if parked > self.limits.parked_bytes_per_session {
             return Err(Fault::Protocol(format!(
                 "{parked} bytes of rank {rank} would wait here for other workers, above the limit of {}: use more shards or smaller buckets",
@@ -89,7 +122,7 @@ impl Shard {
         let steps = job.steps_for(rank);
         let mut live = job.members.live(now, header.step);
         if !job.is_running() {
-            // Those that are still to come have their turn, too.
+            // Those that have not come yet keep their turn in the sums.
             live.extend(&job.members.listed);
         }
         let accepted = job.rounds.accept(now, header, frame, &live, steps)?;
@@ -97,35 +130,6 @@ impl Shard {
             member.step = member.step.max(header.step);
         }
         Ok(accepted)
-    }
-
-    /// Keeps a frame until its sender has told what it holds, which brings the round to that phase. Whether there is
-    /// something to wait for.
-    fn keep_early(&mut self, rank: Rank, header: FrameHeader, body: &Bytes) -> bool {
-        let Some(job) = &mut self.job else {
-            return false;
-        };
-        let most = job.rounds.open_limit();
-        let member = job.members.get_mut(rank);
-        let Some(member) = member.filter(|m| m.told != Told::All && m.early.len() < most) else {
-            return false;
-        };
-        member.step = member.step.max(header.step);
-        member.early.push((header, body.clone()));
-        true
-    }
-
-    /// Takes the frames that had come before all was told.
-    pub(super) fn take_early(&mut self, now: Duration, rank: Rank, out: &mut Vec<Action>) {
-        let member = self.job.as_mut().and_then(|job| job.members.get_mut(rank));
-        let Some((session, early)) =
-            member.and_then(|m| Some((m.session()?, core::mem::take(&mut m.early))))
-        else {
-            return;
-        };
-        for (header, body) in early {
-            self.frame(now, session, header, body, out);
-        }
     }
 
     /// The answer of a phase that closed before this frame came.
@@ -215,6 +219,35 @@ impl Shard {
 }
 
 impl Job {
+    /// Whether a member is still telling what it holds.
+    fn is_telling(&self, rank: Rank) -> bool {
+        let member = self.members.get(rank);
+        member.is_some_and(|member| matches!(member.told, Told::Partly { .. }))
+    }
+
+    /// Held frames go on streams of their own, so that a frame of the open step may come before an answer that it builds on:
+    /// values before the selection that they belong to.
+    fn park_until_told(
+        &mut self,
+        rank: Rank,
+        header: FrameHeader,
+        body: Bytes,
+        limits: &Limits,
+    ) -> Result<(), String> {
+        let most = self.rounds.open_limit();
+        let Some(member) = self.members.get_mut(rank) else {
+            return Ok(());
+        };
+        let parked: usize = member.early.iter().map(|(_, body)| body.len()).sum();
+        if member.early.len() >= most || parked + body.len() > limits.parked_bytes_per_session {
+            return Err(format!(
+                "rank {rank} sends more than a step's frames before it has told the answers that it holds: run the same release everywhere"
+            ));
+        }
+        member.early.push((header, body));
+        Ok(())
+    }
+
     /// Steps of which rounds are taken from this member. While the shard is being told it does not know where the job is,
     /// but a member sends frames of one step alone, or has just gone on to the next.
     fn steps_for(&self, rank: Rank) -> core::ops::RangeInclusive<u64> {

@@ -239,6 +239,7 @@ impl Shard {
             .members
             .get(rank)
             .is_some_and(|member| member.incarnation.is_some());
+        job.first_comes(now);
         if job.members.get(rank).is_none() {
             let member = Member::new(hello, session, step, now);
             job.members.insert(rank, member);
@@ -422,6 +423,7 @@ impl Member {
         } else {
             Waited::Joining
         };
+        self.early.clear();
         if self.told != Told::All {
             self.told = Told::Partly { got: 0, of: None };
         }

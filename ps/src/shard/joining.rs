@@ -31,7 +31,7 @@ pub(super) struct Applicant {
     /// It can take its state from a snapshot.
     elastic: bool,
     /// Who was asked to help it, and when.
-    donor: Option<(Rank, Duration)>,
+    pub(super) donor: Option<(Rank, Duration)>,
 }
 
 impl Shard {
@@ -166,7 +166,9 @@ impl Shard {
         job.rounds.begin();
         let given = give_ranks(&applicants);
         let ranks: Vec<Rank> = given.keys().copied().collect();
-        job.members.learn(Epoch(1), world, &ranks);
+        // More than the world may have gathered, while an earlier start of the job came to its end.
+        let next_rank = ranks.last().map_or(0, |rank| rank.0.saturating_add(1));
+        job.members.learn(Epoch(1), next_rank.max(world), &ranks);
         let mut welcomes = Vec::with_capacity(given.len());
         for (rank, applicant) in given {
             let member = applicant.member(start, Waited::From(start), now);

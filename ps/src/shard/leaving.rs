@@ -204,9 +204,9 @@ impl Job {
     pub(super) fn removal_deadline(&self, shard: ShardId) -> Option<Duration> {
         let away = self.members.away().map(|(_, since)| since);
         if self.members.connected_count() > 0 {
-            // The other shards are told.
-            let coordinates = shard == ShardId(0);
-            return Some(away.min().filter(|_| coordinates)? + MEMBER_TIMEOUT);
+            // The other shards are told by shard 0 who is no member any more.
+            let due = away.min()? + MEMBER_TIMEOUT;
+            return (shard == ShardId(0)).then_some(due);
         }
         let patience = if self.applicants.is_empty() {
             JOB_TIMEOUT

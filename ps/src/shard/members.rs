@@ -3,7 +3,8 @@
 use super::event::{Report, SessionId};
 use super::stragglers::Lateness;
 use arc_topk_common::ids::{Epoch, Rank, Step};
-use arc_topk_common::wire::{FrameHeader, Place};
+use arc_topk_common::wire::FrameHeader;
+use arc_topk_common::wire::Place;
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -59,7 +60,7 @@ pub(super) struct Member {
     /// The highest step that it is known to have come to.
     pub(super) step: Step,
     pub(super) told: Told,
-    /// Frames of its session that can only be taken when it has told all.
+    /// Frames that came while it was still telling.
     pub(super) early: Vec<(FrameHeader, Bytes)>,
     pub(super) since: Duration,
     pub(super) report: Option<Report>,
@@ -74,11 +75,6 @@ impl Member {
             Link::Connected(session) => Some(session),
             Link::Away { .. } => None,
         }
-    }
-
-    /// Bytes of frames that wait until it has told all.
-    pub(super) fn early_bytes(&self) -> usize {
-        self.early.iter().map(|(_, body)| body.len()).sum()
     }
 
     /// One that others have named and that has not come.
@@ -211,7 +207,6 @@ impl Members {
         let member = self.table.get_mut(&rank)?;
         let old = member.session();
         member.link = Link::Connected(session);
-        member.early.clear();
         if let Some(old) = old {
             self.seats.remove(&old);
         }
@@ -229,7 +224,6 @@ impl Members {
         let rank = self.seats.remove(&session)?;
         if let Some(member) = self.table.get_mut(&rank) {
             member.link = Link::Away { since: now, grace };
-            member.early.clear();
         }
         Some(rank)
     }

@@ -44,11 +44,20 @@ impl Recovery {
 impl Job {
     pub(super) fn recovery_deadline(&self) -> Option<Duration> {
         match &self.life {
-            // With nobody there it goes on when somebody comes.
+            // Without anybody there is nobody to go on with.
             Life::Recovering(recovery) if self.members.connected_count() > 0 => {
                 Some(recovery.since + RECOVERY_GRACE)
             }
             _ => None,
+        }
+    }
+
+    /// A member is about to be connected: if it is the first, the others have their time from now on.
+    pub(super) fn first_comes(&mut self, now: Duration) {
+        if self.members.connected_count() == 0
+            && let Life::Recovering(recovery) = &mut self.life
+        {
+            recovery.since = now;
         }
     }
 
@@ -98,7 +107,7 @@ impl Shard {
             *got = got.saturating_add(more);
             if of.is_some_and(|of| *got >= of) {
                 member.told = Told::All;
-                self.take_early(now, rank, out);
+                self.take_parked(now, rank, out);
                 self.end_recovery(now, out);
             }
         }
@@ -154,9 +163,7 @@ impl Shard {
             return;
         };
         match fault {
-            Fault::Protocol(detail) | Fault::Early(detail) => {
-                self.violation(now, session, detail, out)
-            }
+            Fault::Protocol(detail) => self.violation(now, session, detail, out),
             Fault::Gone(detail) | Fault::Differs(detail) => {
                 self.turn_out(now, session, RefusalCode::Superseded, detail, out);
             }

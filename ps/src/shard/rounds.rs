@@ -3,7 +3,7 @@
 use super::event::{Action, Observation, Outcome, RoundClosed};
 use super::phase::ClosingRules;
 use super::reply::{Answer, Held, asked_phase};
-use super::round::{Accepted, Frame, FrameError, Round};
+use super::round::{Accepted, Frame, Round};
 use super::{Limits, STEP_WINDOW, largest_body};
 use arc_topk_common::ids::{BucketId, Rank, ShardId, Step};
 use arc_topk_common::plan::Plan;
@@ -31,9 +31,6 @@ pub(super) enum Fault {
     Gone(String),
     /// What its sender holds is not what the others got.
     Differs(String),
-    /// It is of a phase that the round has not come to. So is what a member sends before all that it tells is here: frames
-    /// of different streams overtake each other.
-    Early(String),
 }
 
 /// What is kept of a round.
@@ -174,10 +171,7 @@ impl Rounds {
         self.check_update(header, frame.rank)
             .map_err(Fault::Protocol)?;
         let rank = frame.rank;
-        let protocol = |error: FrameError| match error {
-            FrameError::Kind { .. } => Fault::Early(error.to_string()),
-            _ => Fault::Protocol(error.to_string()),
-        };
+        let protocol = |error: super::round::FrameError| Fault::Protocol(error.to_string());
         let accepted = if let Some(round) = self.open.get_mut(&key) {
             round.accept(now, frame, live).map_err(protocol)?
         } else {
@@ -216,8 +210,8 @@ impl Rounds {
             return Ok(None);
         };
         if closed.update != header.update {
-            return Err(Fault::Protocol(format!(
-                "rank {} is at update {} in step {step}, but the others were at update {}: their schedules have come apart; resume all workers from one checkpoint",
+            return Err(Fault::Differs(format!(
+                "rank {} is at update {} in step {step}, but the others were at update {}: its copy went another way while it was cut off; join again",
                 frame.rank, header.update, closed.update
             )));
         }

@@ -47,8 +47,8 @@ pub fn options(identity: impl Into<IdentitySource>, world: u16) -> ServeOptions 
         transport: TransportConfig::default(),
         shard: ShardConfig::new("job", ShardId(0), 1, world),
         chaos_delay: Duration::ZERO,
-        store: StoreOptions::default(),
         timeouts: Timeouts::default(),
+        store: StoreOptions::default(),
     }
 }
 

@@ -188,13 +188,16 @@ impl QuicReducer {
         let handle = runtime.handle().clone();
         let engine = engine::spawn(&plan, Arc::clone(&shared), handle, observer)
             .map_err(|e| ConnectError::Runtime(e.to_string()))?;
+        let _opening_spawns = runtime.enter();
         let supervise = |dialled: Dialled| {
             let supervisor = Supervisor {
                 dialer: Arc::clone(&dialer),
                 shared: Arc::clone(&shared),
                 shard: dialled.shard,
             };
-            runtime.spawn(supervisor.run(dialled)).abort_handle()
+            // Before the trainer's first call: the machine takes shard 0 to be there from the start.
+            let served = supervisor.open(dialled, 0);
+            runtime.spawn(supervisor.run(served)).abort_handle()
         };
         let supervisors = std::iter::once(first)
             .chain(others)

@@ -7,7 +7,7 @@ use super::shared::{Peer, Shared, What, Work};
 use crate::reducer::ReduceError;
 use arc_topk_common::ids::ShardId;
 use arc_topk_common::wire::{Control, Intent, RefusalCode};
-use arc_topk_transport::{ControlReceiver, REDIAL_CODE, TransportError, VarInt};
+use arc_topk_transport::{Connection, ControlReceiver, REDIAL_CODE, TransportError, VarInt};
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::{mpsc::unbounded_channel, oneshot};
@@ -24,6 +24,12 @@ pub(super) struct Supervisor {
     pub(super) dialer: Arc<Dialer>,
     pub(super) shared: Arc<Shared>,
     pub(super) shard: ShardId,
+}
+
+/// A connection that the engine has.
+pub(super) struct Served {
+    connection: Connection,
+    receiver: ControlReceiver,
 }
 
 /// How a connection ended, or the attempts to get one.
@@ -65,11 +71,11 @@ impl End {
 }
 
 impl Supervisor {
-    /// Runs until the session ends. `dialled` is the first connection.
-    pub(super) async fn run(self, mut dialled: Dialled) {
+    /// Runs until the session ends. `served` is the first connection, number 0.
+    pub(super) async fn run(self, mut served: Served) {
         let mut generation = 0;
         loop {
-            let mut end = self.serve(dialled, generation).await;
+            let mut end = self.serve(served, generation).await;
             if self.shared.is_ending() {
                 return;
             }
@@ -77,7 +83,7 @@ impl Supervisor {
             if let End::Lost(cause) = end {
                 match self.dial_again(cause).await {
                     Ok(again) => {
-                        dialled = again;
+                        served = self.open(again, generation);
                         continue;
                     }
                     Err(failed) => end = failed,
@@ -101,8 +107,8 @@ impl Supervisor {
         }
     }
 
-    /// Hands the connection to the engine and reads its control stream until it ends.
-    async fn serve(&self, dialled: Dialled, generation: u64) -> End {
+    /// Hands the connection to the engine, which has it before all work that comes later. Inside the runtime.
+    pub(super) fn open(&self, dialled: Dialled, generation: u64) -> Served {
         let Dialled {
             shard,
             peer,
@@ -127,7 +133,20 @@ impl Supervisor {
         self.shared.register(shard, peer);
         let up = What::Up { link, welcome };
         self.shared.arrived(shard, generation, up);
-        let end = self.listen(control.receiver, generation).await;
+        Served {
+            connection,
+            receiver: control.receiver,
+        }
+    }
+
+    /// Reads a connection's control stream until it ends.
+    async fn serve(&self, served: Served, generation: u64) -> End {
+        let Served {
+            connection,
+            receiver,
+        } = served;
+        let shard = self.shard;
+        let end = self.listen(receiver, generation).await;
         if let End::Lost(reason) = &end {
             // If it was not the connection that ended: it must not be used any more.
             connection.close(VarInt::from_u32(REDIAL_CODE), b"dialling again");

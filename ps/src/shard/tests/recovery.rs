@@ -460,29 +460,6 @@ fn a_telling_that_is_cut_is_begun_again() {
 }
 
 #[test]
-fn a_frame_may_overtake_what_its_sender_tells() {
-    let past = past(3);
-    let mut bench = fresh();
-    // All had got the selection of step 2 and sent their values when the shard was gone.
-    let (kind, mut last) = (FrameKind::Values, Vec::new());
-    for rank in 0..3u64 {
-        come(&mut bench, rank as u16, 2);
-        let sent = bench.send(10 + rank, 2, kind, contribution(kind, rank, 2));
-        assert_eq!((answers(&sent), refusals(&sent)), (vec![], vec![]));
-        last = tell(&mut bench, 10 + rank, &past[..5]);
-        assert_eq!(refusals(&last), []);
-    }
-    assert_eq!(recovered(&last), Some((2, 3, 3, 5)));
-    let mean = without_lead(past[5].clone());
-    for session in 10..13 {
-        assert_eq!(to(&last, session), [mean.clone()]);
-    }
-    // Whoever has told all cannot be about to bring the round there.
-    let refused = refusals(&bench.send(10, 3, kind, contribution(kind, 0, 3)));
-    assert!(refused[0].2.contains("gathers Sketch"), "{refused:?}");
-}
-
-#[test]
 fn whoever_has_told_all_need_not_tell_again() {
     let past = past(2);
     let mut bench = fresh();
