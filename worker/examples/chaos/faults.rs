@@ -1,9 +1,9 @@
 //! The schedule of faults, and what each costs.
 
-use crate::AnyError;
-use crate::job::Job;
-use crate::lab::Lab;
-use crate::timeline::longest_gap;
+use super::AnyError;
+use super::job::Job;
+use super::lab::Lab;
+use super::timeline::longest_gap;
 use rand_chacha::ChaCha8Rng;
 use rand_chacha::rand_core::{Rng, SeedableRng};
 use rustix::process::Signal;
@@ -110,20 +110,31 @@ impl Chaos {
 
     /// One fault after the other, until enough processes were killed or the steps run out.
     pub(crate) fn run(&mut self, job: &mut Job<'_>, lab: &Lab) -> Result<(), AnyError> {
-        job.await_all(Instant::now(), 20, HEALS_WITHIN)?;
-        while self.kills < self.wanted {
-            let quiet = Duration::from_millis(300 + self.below(1000) as u64);
-            job.pump(quiet)?;
-            if job.steps_left() < LAST_STEPS {
-                break;
-            }
+        if !job.await_all(Instant::now(), 20, HEALS_WITHIN)? {
+            return Err(format!("the job does not get going: {}", job.describe()).into());
+        }
+        while self.kills < self.wanted && job.steps_left() >= LAST_STEPS {
             let fault = self.draw();
+            self.inflict(fault, job, lab)?;
+        }
+        Ok(())
+    }
+
+    /// One fault after some quiet time, and what it cost.
+    pub(crate) fn inflict(
+        &mut self,
+        fault: Fault,
+        job: &mut Job<'_>,
+        lab: &Lab,
+    ) -> Result<(), AnyError> {
+        let quiet = Duration::from_millis(300 + self.below(1000) as u64);
+        job.pump(quiet)?;
+        if job.steps_left() > 0 {
             let blow = self.strike(fault, job, lab)?;
             let healed = job.await_all(blow.over, OVER_AFTER, HEALS_WITHIN)?;
-            if job.steps_left() == 0 {
-                break;
+            if job.steps_left() > 0 {
+                self.judge(fault, &blow, healed, job);
             }
-            self.judge(fault, &blow, healed, job);
         }
         Ok(())
     }
@@ -230,8 +241,7 @@ impl Chaos {
 
     fn kill(&mut self, job: &mut Job<'_>, targets: &[usize]) -> Vec<usize> {
         for target in targets {
-            job.kill(*target);
-            self.kills += 1;
+            self.kills += usize::from(job.kill(*target));
         }
         targets.to_vec()
     }
@@ -246,10 +256,8 @@ impl Chaos {
             );
         }
         let restarted = blow.targets.iter().filter(|target| **target < job.shards());
-        let ready = restarted.filter_map(|shard| job.ready_at(*shard)).max();
-        let excused = ready.map_or(blow.excused, |ready| {
-            ready.saturating_duration_since(blow.at)
-        });
+        let down = restarted.map(|shard| job.downtime(*shard)).max();
+        let excused = down.unwrap_or(blow.excused);
         let survivors = job
             .workers()
             .into_iter()

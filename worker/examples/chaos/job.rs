@@ -1,9 +1,9 @@
 //! The job: its processes by slot, shards first, and what they said.
 
-use crate::AnyError;
-use crate::lab::Lab;
-use crate::process::{Line, Process};
-use crate::timeline::{Seen, live_since, median_gap};
+use super::AnyError;
+use super::lab::Lab;
+use super::process::{Line, Process};
+use super::timeline::{Seen, live_since, median_gap};
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
 use rustix::process::Signal;
 use std::collections::{BTreeMap, BTreeSet};
@@ -65,8 +65,10 @@ struct Slot {
     life: usize,
     /// It is to run: it was started, and not removed.
     wanted: bool,
-    /// It was killed by this program, so that its end is no surprise.
+    /// This life was killed by this program, so that its end is no surprise.
     killed: bool,
+    /// When the process was last killed.
+    killed_at: Option<Instant>,
     restart_at: Option<Instant>,
     /// When this life of a shard could be dialled, or this life of a worker did its first step.
     ready_at: Option<Instant>,
@@ -349,11 +351,16 @@ impl<'a> Job<'a> {
         }
     }
 
-    /// SIGKILL to a process, which is started again a little later.
-    pub(crate) fn kill(&mut self, index: usize) {
+    /// SIGKILL to a process, which is started again a little later. Whether it ran.
+    pub(crate) fn kill(&mut self, index: usize) -> bool {
         let slot = &mut self.slots[index];
+        if slot.killed || slot.ended {
+            return false;
+        }
         (slot.killed, slot.ready_at) = (true, None);
+        slot.killed_at = Some(Instant::now());
         self.signal(index, Signal::KILL);
+        true
     }
 
     pub(crate) fn signal(&mut self, index: usize, signal: Signal) {
@@ -395,9 +402,13 @@ impl<'a> Job<'a> {
         &self.slots[index].steps
     }
 
-    /// When this life of a process was ready.
-    pub(crate) fn ready_at(&self, index: usize) -> Option<Instant> {
-        self.slots[index].ready_at
+    /// From its last kill until it was ready again.
+    pub(crate) fn downtime(&self, index: usize) -> Duration {
+        let slot = &self.slots[index];
+        let times = slot.killed_at.zip(slot.ready_at);
+        times.map_or(Duration::ZERO, |(killed, ready)| {
+            ready.saturating_duration_since(killed)
+        })
     }
 
     /// The usual time of a step, of those that run.

@@ -3,8 +3,7 @@
 //! All namespaces, the one that holds the bridge too, bear this process's number. Links are cut at the receiver's firewall:
 //! a rule at the sender would be reported to it, and a broken network reports nothing.
 
-use crate::AnyError;
-use crate::job::Settings;
+use super::AnyError;
 use std::net::{IpAddr, Ipv4Addr};
 use std::process::{Command, Stdio};
 
@@ -29,7 +28,7 @@ impl Lab {
 
     /// A namespace for each slot, if they can be had.
     pub(crate) fn build(
-        settings: &Settings,
+        slots: usize,
         loss_per_mille: u32,
         loopback: bool,
     ) -> Result<Self, AnyError> {
@@ -39,7 +38,7 @@ impl Lab {
         }
         let mut lab = Self::loopback();
         lab.switch = format!("{PREFIX}{}-switch", std::process::id());
-        match lab.make(settings.slots(), loss_per_mille) {
+        match lab.make(slots, loss_per_mille) {
             Ok(()) => {
                 lab.description = format!(
                     "every process in a network namespace of its own, {} % of all packets lost",

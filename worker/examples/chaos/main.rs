@@ -40,7 +40,7 @@ struct Cli {
     /// Shards.
     #[arg(long, default_value_t = 3, value_parser = clap::value_parser!(u16).range(2..=16))]
     shards: u16,
-    /// Steps of the job; 0 takes 150 for each kill. If they are done before the faults are, fewer faults happen.
+    /// Steps of the job; 0 takes 30 for each kill, and 300. If they are done before the faults are, fewer faults happen.
     #[arg(long, default_value_t = 0)]
     steps: u64,
     /// Seed of the schedule of faults, and of training; undisturbed runs take this and the next ones.
@@ -95,7 +95,7 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
         workers: cli.workers,
         shards: cli.shards,
         steps: match cli.steps {
-            0 => 150 * cli.kills.max(4) as u64,
+            0 => 300 + 30 * cli.kills as u64,
             steps => steps,
         },
         seed: cli.seed,
@@ -104,7 +104,7 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
         train: cli.train.clone(),
         dir: fresh(&cli.out.join("disturbed"))?,
     };
-    let lab = Lab::build(&settings, cli.loss_per_mille, cli.loopback)?;
+    let lab = Lab::build(settings.slots(), cli.loss_per_mille, cli.loopback)?;
     eprintln!("chaos: {}", lab.description());
     let limit = Duration::from_secs(cli.limit_seconds);
     let mut job = Job::start(&settings, &lab, Instant::now() + limit, Arc::clone(&stop))?;

@@ -1,6 +1,6 @@
 //! One process of the job: started, read line by line, signalled by its own number alone.
 
-use crate::AnyError;
+use super::AnyError;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
 use std::io::{BufRead, BufReader};

@@ -1,8 +1,8 @@
 //! What is printed at the end.
 
-use crate::faults::Chaos;
-use crate::job::End;
-use crate::timeline::median;
+use super::faults::Chaos;
+use super::job::End;
+use super::timeline::median;
 use std::fmt::Write;
 
 /// The table of faults, and what the job came to beside undisturbed ones.
