@@ -509,6 +509,7 @@ impl<'a> Job<'a> {
         let finished: Vec<String> = self
             .slots
             .iter()
+            .filter(|slot| slot.wanted)
             .filter_map(|slot| slot.digest.clone())
             .collect();
         let mut end = End {

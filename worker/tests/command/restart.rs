@@ -49,11 +49,12 @@ fn a_dead_job_goes_on_with_other_workers_and_shards() {
         command.args(["--resume", "--steps", &steps.to_string()]);
         let said = Said::from(command.output().unwrap());
         assert_eq!(said.code, Some(0), "{}", said.error);
-        assert!(said.out.contains("resumed at step"), "{}", said.out);
+        let (_, from) = said.out.split_once("resumed at step ").unwrap();
+        let from: u64 = from.split(' ').next().unwrap().parse().unwrap();
+        assert!(from >= 60, "it goes back to step {from}");
         for rank in 0..usize::from(workers) {
             assert_eq!(digest(runs, rank), digest(runs, 0), "{workers} workers");
-            let done = summary(runs, rank)["steps"].as_u64().unwrap();
-            assert!((1..steps - 10).contains(&done), "it began anew: {done}");
+            assert_eq!(summary(runs, rank)["steps"], steps);
         }
     }
 }
