@@ -10,75 +10,15 @@ use arc_topk_common::wire::{
     Owner, PartInfo, PieceMeta, Place, RefusalCode, SnapshotId, StoreRequest, StoreResponse,
     Welcome, any_bytes, append_selection, encode_roster, encode_selection,
 };
-use std::path::PathBuf;
 
-const MUTATIONS_PER_SEED: u64 = 2000;
-
-fn folder(target: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
-        .join("fuzz/seeds")
-        .join(target)
-}
+mod corpus;
 
 fn seeds(target: &str) -> Vec<Vec<u8>> {
-    if std::env::var_os("ARC_WRITE_SEEDS").is_some() {
-        write_seeds(target);
-    }
-    let mut paths: Vec<_> = std::fs::read_dir(folder(target))
-        .unwrap()
-        .map(|entry| entry.unwrap().path())
-        .collect();
-    paths.sort();
-    assert!(!paths.is_empty(), "{target} has seeds");
-    paths
-        .iter()
-        .map(|path| std::fs::read(path).unwrap())
-        .collect()
-}
-
-/// SplitMix64: mutations must be the same on every machine.
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, limit: usize) -> usize {
-        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
-        ((z ^ (z >> 31)) % limit.max(1) as u64) as usize
-    }
-}
-
-fn mutate(bytes: &mut Vec<u8>, random: &mut Random) {
-    for _ in 0..=random.below(3) {
-        let at = random.below(bytes.len());
-        match random.below(6) {
-            0 if !bytes.is_empty() => bytes[at] ^= 1 << random.below(8),
-            1 if !bytes.is_empty() => bytes[at] = [0, 1, 0x7f, 0x80, 0xff][random.below(5)],
-            2 => bytes.truncate(at),
-            3 => bytes.insert(at, random.below(256) as u8),
-            4 if !bytes.is_empty() => drop(bytes.remove(at)),
-            _ => {
-                let copy = bytes[at..].to_vec();
-                bytes.extend_from_slice(&copy[..random.below(copy.len() + 1)]);
-            }
-        }
-    }
+    corpus::seeds(target, make_seeds)
 }
 
 fn run(target: &str, entry: fn(&[u8])) {
-    let mut random = Random(target.len() as u64);
-    for seed in seeds(target) {
-        entry(&seed);
-        for end in 0..seed.len().min(512) {
-            entry(&seed[..end]);
-        }
-        for _ in 0..MUTATIONS_PER_SEED {
-            let mut bytes = seed.clone();
-            mutate(&mut bytes, &mut random);
-            entry(&bytes);
-        }
-    }
+    corpus::run(target, make_seeds, entry);
 }
 
 #[test]
@@ -132,8 +72,8 @@ fn store_messages() {
     run("store", any_bytes::store);
 }
 
-fn write_seeds(target: &str) {
-    let seeds = match target {
+fn make_seeds(target: &str) -> Vec<Vec<u8>> {
+    match target {
         "control" => control_seeds(),
         "header" => vec![
             header_seed(FrameKind::Sketch, 100),
@@ -161,10 +101,6 @@ fn write_seeds(target: &str) {
             .collect(),
         "store" => store_seeds(),
         other => panic!("no target {other}"),
-    };
-    std::fs::create_dir_all(folder(target)).unwrap();
-    for (at, seed) in seeds.iter().enumerate() {
-        std::fs::write(folder(target).join(format!("{at:02}")), seed).unwrap();
     }
 }
 

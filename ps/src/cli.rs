@@ -241,6 +241,7 @@ fn serve(words: Vec<OsString>) -> Result<(), CliError> {
                 command.shard.elastic.straggler_timeout_seconds,
             ),
             resync: command.shard.elastic.resync,
+            start_grace: Duration::from_secs_f64(command.shard.start_grace_seconds),
             ..ShardConfig::new(
                 &command.common.job,
                 ShardId(command.shard.shard),

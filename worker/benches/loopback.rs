@@ -14,11 +14,11 @@
 
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, ValueType};
-use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step};
+use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, Plan, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
     Control, Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
-    PROTOCOL_VERSION, RoundShape,
+    PROTOCOL_VERSION, RoundShape, encode_roster,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -314,7 +314,8 @@ async fn push_all(
                     .unwrap();
                 send.finish().unwrap();
                 let got = discard(&mut recv).await;
-                assert_eq!(got, HEADER_BYTES + load.down_bytes);
+                let roster = encode_roster(&(0..WORKERS).map(Rank).collect()).len();
+                assert_eq!(got, HEADER_BYTES + load.down_bytes + roster);
             });
         }
         rounds.join_all().await;

@@ -139,6 +139,15 @@ pub struct ShardArgs {
     #[command(flatten)]
     #[serde(flatten)]
     pub elastic: ElasticArgs,
+    /// Seconds after its start for which shard 0 begins no job, although all workers are there: if it was restarted, members
+    /// of a job that runs notice that a moment later, and must not find another one begun.
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        env = "ARC_START_GRACE_SECONDS",
+        default_value_t = 4.0
+    )]
+    pub start_grace_seconds: f64,
     /// Snapshots.
     #[command(flatten)]
     #[serde(flatten)]
@@ -223,6 +232,15 @@ impl ShardArgs {
             "min_workers",
             self.min_workers,
             "1 to workers",
+            advice,
+        )?;
+        let seconds = self.start_grace_seconds;
+        let advice = "4 suits the 3 s after which a lost shard is noticed; 0 begins at once";
+        require(
+            (0.0..=600.0).contains(&seconds),
+            "start_grace_seconds",
+            seconds,
+            "0 to 600",
             advice,
         )?;
         self.elastic.validate(self.workers)?;

@@ -4,7 +4,8 @@ use super::*;
 use prometheus::proto::MetricType;
 
 /// Gauges that count or measure something without a unit.
-const UNITLESS: [&str; 12] = [
+const UNITLESS: [&str; 13] = [
+    "arc_members_away",
     "arc_persistent_straggler",
     "arc_build_info",
     "arc_members",

@@ -80,7 +80,9 @@ impl Listener {
         server
             .transport_config(config.server(address.ip().is_loopback())?)
             .migration(false);
-        let endpoint = endpoint(address, Some(server.clone()), config)?;
+        let key = identity.key();
+        let secret = Some(key.secret_der());
+        let endpoint = endpoint(address, Some(server.clone()), secret, config)?;
         Ok(Self { endpoint, server })
     }
 
@@ -132,7 +134,7 @@ pub fn client_endpoint(
         SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
         SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
     };
-    endpoint(SocketAddr::new(any, 0), None, config)
+    endpoint(SocketAddr::new(any, 0), None, None, config)
 }
 
 /// Connects to `HOST:PORT` from a socket of its own; the certificate must name HOST.
@@ -256,6 +258,7 @@ pub async fn resolve(address: &str) -> Result<SocketAddr, TransportError> {
 fn endpoint(
     address: SocketAddr,
     server: Option<quinn::ServerConfig>,
+    secret: Option<&[u8]>,
     config: &TransportConfig,
 ) -> Result<Endpoint, TransportError> {
     let bind = |e: io::Error| match e.kind() {
@@ -269,7 +272,7 @@ fn endpoint(
     };
     let socket = udp_socket(address, config.socket_buffer_bytes).map_err(bind)?;
     let runtime = Arc::new(quinn::TokioRuntime);
-    Endpoint::new(config.endpoint(), server, socket, runtime).map_err(bind)
+    Endpoint::new(config.endpoint(secret), server, socket, runtime).map_err(bind)
 }
 
 fn udp_socket(address: SocketAddr, buffer_bytes: usize) -> io::Result<std::net::UdpSocket> {

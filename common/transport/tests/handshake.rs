@@ -1,6 +1,7 @@
 //! Handshakes between real endpoints on loopback: what goes wrong is told to the side that can act.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use arc_topk_common::wire::ALPN;
 use arc_topk_common::wire::Control;
 use arc_topk_transport::certs::{CertRequest, JobCerts, make_job_certs};
 use arc_topk_transport::config::HELLO_WINDOW_BYTES;
@@ -314,7 +315,7 @@ async fn a_peer_without_a_certificate_is_refused_and_told_why() {
     let (endpoint, address) = listen(&shard);
     let server = async { endpoint.accept().await.unwrap().await.map(drop) };
     let client = async {
-        match raw_client(&address, &shard, b"arc-topk/1", None).await {
+        match raw_client(&address, &shard, ALPN, None).await {
             // TLS 1.3: the refusal comes after this side's handshake has ended.
             Ok(connection) => connection.closed().await,
             Err(error) => error,
@@ -335,13 +336,13 @@ async fn another_protocol_version_is_named() {
     let shard = load(&certs.shard);
     let (endpoint, address) = listen(&shard);
     let server = async { endpoint.accept().await.unwrap().await.map(drop) };
-    let client = raw_client(&address, &shard, b"arc-topk/2", Some(&certs.worker));
+    let client = raw_client(&address, &shard, b"arc-topk/1", Some(&certs.worker));
     let (server, client) = tokio::join!(server, client);
     for error in [server.unwrap_err(), client.unwrap_err()] {
         let error = connection_error("the peer", &error);
         assert!(matches!(error, TransportError::Alpn { .. }), "{error:?}");
         assert!(
-            error.to_string().contains("does not speak arc-topk/1"),
+            error.to_string().contains("does not speak arc-topk/2"),
             "{error}"
         );
     }

@@ -17,6 +17,13 @@ type Digest = [u8; 32];
 #[derive(Debug, Default)]
 pub(super) struct Digests(BTreeMap<Step, BTreeMap<Rank, Digest>>);
 
+impl Digests {
+    /// How many wait.
+    pub(super) fn held(&self) -> usize {
+        self.0.values().map(BTreeMap::len).sum()
+    }
+}
+
 /// Those that differ from the most, ascending. Of two that are equally frequent the one that the lowest rank has counts.
 fn outliers(digests: &BTreeMap<Rank, Digest>) -> Vec<Rank> {
     let mut counts: BTreeMap<Digest, (usize, core::cmp::Reverse<Rank>)> = BTreeMap::new();

@@ -23,7 +23,7 @@ pub struct ShardConfig {
     pub incarnation: u64,
     /// Workers that make the job complete.
     pub world: u16,
-    /// Rounds wait while fewer contribute, and fewer members end the job.
+    /// Rounds of shard 0 wait while fewer contribute, and fewer members end the job; those that are about to join count.
     pub min_workers: u16,
     /// Workers that may be connected at once, those that join later included.
     pub max_workers: u16,
@@ -31,6 +31,9 @@ pub struct ShardConfig {
     pub quorum: u16,
     /// How long a phase that has its quorum waits for the others.
     pub straggler_timeout: Duration,
+    /// How long shard 0, counted from its first event, does not begin a job although the world is complete: it may have been
+    /// restarted, and members of a running job notice that only when the old connection has been silent for a while.
+    pub start_grace: Duration,
     /// Whether workers whose parameters differ from those of the most must join again.
     pub resync: bool,
 }
@@ -50,6 +53,7 @@ impl ShardConfig {
             max_workers: world,
             quorum: 0,
             straggler_timeout: Duration::from_secs(1),
+            start_grace: Duration::ZERO,
             resync: false,
         }
     }

@@ -75,10 +75,7 @@ impl Shard {
                 self.answer_late(now, rank, session, header, &answer, out)
             }
             Ok(Accepted::Taken) => {
-                let minimum = usize::from(self.config.min_workers);
-                let job = self.job.as_ref();
-                // Who is there is not known before everyone has been heard.
-                if job.is_some_and(|job| job.is_running() && job.members.count() < minimum) {
+                if self.lacks_members() {
                     return self.too_few(now, "the others left", out);
                 }
                 self.advance(now, (header.step, header.bucket), out);

@@ -8,7 +8,7 @@ use super::recovery::Recovery;
 use super::rounds::Rounds;
 use super::stragglers::Lateness;
 use super::{Job, LAST_START_STEP, Life, Shard, refuse};
-use arc_topk_common::ids::{Rank, RunId, ShardId, Step};
+use arc_topk_common::ids::{Epoch, Rank, RunId, ShardId, Step};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::{
     Control, Hello, Intent, PROTOCOL_VERSION, Place, RefusalCode, Welcome,
@@ -131,6 +131,13 @@ impl Shard {
             Intent::Member { place, .. } if !place.members.contains(&place.rank) => {
                 let detail = format!(
                     "rank {} is not among the members that it names: run the same release everywhere",
+                    place.rank
+                );
+                return refuse(RefusalCode::Rank, detail);
+            }
+            Intent::Member { place, .. } if place.epoch == Epoch(0) => {
+                let detail = format!(
+                    "rank {} names no membership that shard 0 ever gave: run the same release everywhere",
                     place.rank
                 );
                 return refuse(RefusalCode::Rank, detail);
@@ -343,24 +350,22 @@ impl Shard {
                 job.rounds.step()
             ));
         }
-        if let Some(member) = job.members.get(rank) {
-            let other = member
-                .incarnation
-                .is_some_and(|known| known != newcomer.hello.incarnation);
-            return if other {
-                superseded(format!("rank {rank} is another worker: join again"))
-            } else {
-                Ok(())
-            };
+        let removed = || {
+            superseded(format!(
+                "rank {rank} was away too long and is no member any more (epoch {}): join again",
+                job.members.epoch
+            ))
+        };
+        let known = job.members.get(rank);
+        let other = known.and_then(|member| member.incarnation);
+        if other.is_some_and(|other| other != newcomer.hello.incarnation) {
+            return superseded(format!("rank {rank} is another worker: join again"));
         }
         // Shard 0 knows all members once it runs; the others learn of new ones by their coming.
         let authority = self.config.shard == ShardId(0) && job.is_running();
         let outdated = place.epoch <= job.members.epoch && !job.members.listed.contains(&rank);
-        if (authority || outdated) && job.members.epoch.0 > 0 {
-            return superseded(format!(
-                "rank {rank} was away too long and is no member any more (epoch {}): join again",
-                job.members.epoch
-            ));
+        if outdated || authority && known.is_none() {
+            return removed();
         }
         Ok(())
     }

@@ -139,7 +139,10 @@ impl Shard {
             return;
         };
         let gathering = matches!(job.life, Life::Gathering);
-        if !gathering || job.applicants.len() < usize::from(world) {
+        let patient = self
+            .born
+            .is_some_and(|born| now < born + self.config.start_grace);
+        if !gathering || job.applicants.len() < usize::from(world) || patient {
             let joined = job.applicants.len() + job.members.connected_count();
             let message = Control::Waiting {
                 joined: joined as u16,
@@ -156,12 +159,11 @@ impl Shard {
             return;
         }
         let applicants = core::mem::take(&mut job.applicants);
-        let (run, start) = applicants
-            .first()
-            .map_or((RunId::default(), Step(0)), |first| {
-                (RunId(first.incarnation), first.start)
-            });
-        job.run = run;
+        let start = applicants.first().map_or(Step(0), |first| first.start);
+        // Of nothing that a worker keeps to itself: all members know it.
+        self.starts += 1;
+        let run = u128::from(self.starts) << 64 | u128::from(self.config.incarnation);
+        job.run = RunId(run.to_le_bytes());
         job.life = Life::Running;
         job.rounds.begin();
         let given = give_ranks(&applicants);
@@ -183,6 +185,22 @@ impl Shard {
             world,
             step: start,
         }));
+    }
+
+    /// When a world that is complete begins, if it has to wait.
+    pub(super) fn start_deadline(&self) -> Option<Duration> {
+        let job = self.job.as_ref()?;
+        let complete = job.applicants.len() >= usize::from(self.config.world);
+        let waits = matches!(job.life, Life::Gathering) && complete;
+        self.born
+            .filter(|_| waits)
+            .map(|born| born + self.config.start_grace)
+    }
+
+    pub(super) fn start_after_grace(&mut self, now: Duration, out: &mut Vec<Action>) {
+        if self.start_deadline().is_some_and(|due| due <= now) {
+            self.start_or_wait(now, out);
+        }
     }
 
     /// Asks donors for those that wait, while there is room.

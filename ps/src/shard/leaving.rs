@@ -88,7 +88,10 @@ impl Shard {
         };
         let remaining = job.members.connected_count() as u16;
         out.push(Action::Observe(departed(Some(rank), how, remaining)));
-        if remaining == 0 {
+        // Members that are away may come back, and nobody may begin anew what they go on with.
+        let none_to_return =
+            job.members.is_empty() || matches!(how, Departure::Left) && job.applicants.is_empty();
+        if remaining == 0 && none_to_return {
             return self.end_of_members(now, out);
         }
         let reason = match how {
@@ -99,8 +102,7 @@ impl Shard {
             job.members.epoch = Epoch(job.members.epoch.0.saturating_add(1));
         }
         // An orderly leave ends no job by itself: at the end of training all leave, one after the other.
-        let lost = matches!(how, Departure::Lost(_));
-        if lost && job.members.count() < usize::from(self.config.min_workers) {
+        if matches!(how, Departure::Lost(_)) && self.lacks_members() {
             return self.too_few(now, &reason, out);
         }
         self.tell_members(&reason, out);

@@ -30,6 +30,7 @@
 
 pub mod aggregate;
 mod answer;
+pub mod any_bytes;
 mod digests;
 mod event;
 mod frames;
@@ -60,7 +61,7 @@ pub use status::{
     JournalLine, LossPoint, MemberStatus, OpenRound, PlanStatus, Stage, Standing, Status, Totals,
 };
 
-use arc_topk_common::ids::{Epoch, RunId, Step};
+use arc_topk_common::ids::{Epoch, RunId, ShardId, Step};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{Control, Direction, MAX_ROSTER_BYTES, RefusalCode, RoundShape};
 use core::time::Duration;
@@ -160,6 +161,10 @@ pub struct Shard {
     /// Never on shard 0.
     successors: BTreeMap<SessionId, Successor>,
     board: Board,
+    /// Of the first event.
+    born: Option<Duration>,
+    /// How often the job has started here.
+    starts: u64,
     /// When time alone may change something.
     deadline: Option<Duration>,
 }
@@ -180,6 +185,8 @@ impl Shard {
             job: None,
             successors: BTreeMap::new(),
             board: Board::default(),
+            born: None,
+            starts: 0,
             deadline: None,
         }
     }
@@ -251,6 +258,12 @@ impl Shard {
     /// Never panics, whatever a peer sends.
     pub fn handle(&mut self, now: Duration, event: Event, out: &mut Vec<Action>) {
         let first = out.len();
+        self.born.get_or_insert(now);
+        // A frame concerns its own round; anything else may change for whom rounds wait.
+        let all_rounds = !matches!(
+            event,
+            Event::Round { .. } | Event::Report { .. } | Event::Tick
+        );
         match event {
             Event::Hello { session, hello } => self.hello(now, session, *hello, out),
             Event::Round {
@@ -270,7 +283,7 @@ impl Shard {
             Event::Shutdown { reason } => self.shut_down(&reason, out),
             Event::Tick => {}
         }
-        self.pass_time(now, out);
+        self.pass_time(now, all_rounds, out);
         let observed = out[first..].iter().filter_map(|action| match action {
             Action::Observe(observation) => Some(observation),
             _ => None,
@@ -279,12 +292,13 @@ impl Shard {
     }
 
     /// What follows from the time alone.
-    fn pass_time(&mut self, now: Duration, out: &mut Vec<Action>) {
+    fn pass_time(&mut self, now: Duration, all_rounds: bool, out: &mut Vec<Action>) {
         self.end_recovery(now, out);
         self.remove_lost(now, out);
+        self.start_after_grace(now, out);
         self.attend_applicants(now, out);
         self.attend_successors(now, out);
-        if self.deadline.is_some_and(|deadline| deadline <= now) {
+        if all_rounds || self.deadline.is_some_and(|deadline| deadline <= now) {
             self.advance_all(now, out);
         }
         if let Some(job) = &mut self.job {
@@ -306,16 +320,39 @@ impl Shard {
                 job.applicants_deadline(),
             ]
         });
-        let of_successors = self.successors_deadline();
-        of_job.chain([of_successors]).flatten().min()
+        let others = [self.successors_deadline(), self.start_deadline()];
+        of_job.chain(others).flatten().min()
     }
 
     fn rules(&self) -> ClosingRules {
         ClosingRules {
-            min_workers: self.config.min_workers.max(1),
+            min_workers: self.min_contributions(),
             quorum: self.config.quorum,
             straggler_timeout: self.config.straggler_timeout,
         }
+    }
+
+    /// Shard 0 alone heeds the minimum: it knows who is about to join, and no step ends without its rounds.
+    fn min_contributions(&self) -> u16 {
+        let joining = self.job.as_ref().is_some_and(|job| {
+            let there = job.members.connected_count() + job.applicants.len();
+            !job.applicants.is_empty() && there >= usize::from(self.config.min_workers)
+        });
+        if self.config.shard == ShardId(0) && !joining {
+            self.config.min_workers.max(1)
+        } else {
+            1
+        }
+    }
+
+    /// Whether there are too few members, those that are about to join included.
+    fn lacks_members(&self) -> bool {
+        self.config.shard == ShardId(0)
+            && self.job.as_ref().is_some_and(|job| {
+                let members = job.members.count() + job.applicants.len();
+                // Who is there is not known before everyone has been heard.
+                job.is_running() && members < usize::from(self.config.min_workers)
+            })
     }
 
     fn control(

@@ -137,7 +137,8 @@ impl Shard {
             body,
             roster_bytes: header.roster_bytes,
         };
-        match job.rounds.adopt(now, header, held, rank) {
+        let at = job.members.get(rank).map_or(Step(0), |member| member.step);
+        match job.rounds.adopt(now, header, held, (rank, at)) {
             Ok(due) => {
                 if let (Life::Recovering(recovery), false) = (&mut job.life, due.is_empty()) {
                     recovery.adopted += due.len() as u64;
@@ -193,12 +194,13 @@ impl Shard {
             seconds: now.saturating_sub(recovery.since).as_secs_f64(),
         }));
         job.life = Life::Running;
-        let behind = job.rounds.settle(step);
+        let mut behind = job.rounds.settle(step);
+        behind.extend(job.uncomparable(step));
         job.expect_the_missing(now);
         job.rounds.members = job.members.count();
         for rank in behind {
             let detail = format!(
-                "rank {rank} asks for answers of steps before {step}, which nobody holds any more: join again"
+                "rank {rank} is at a step before {step} of which nobody else holds the answers any more: join again"
             );
             self.fault(now, rank, Fault::Gone(detail), out);
         }
@@ -211,6 +213,16 @@ impl Shard {
 }
 
 impl Job {
+    /// Members so far behind that the answers which they applied last cannot be compared with those of the others. They
+    /// may have been cut off when an earlier incarnation of this shard was restarted.
+    fn uncomparable(&self, step: Step) -> impl Iterator<Item = Rank> {
+        let low = Step(step.0.saturating_sub(1));
+        self.members
+            .iter()
+            .filter(move |(_, m)| m.session().is_some() && m.step < low)
+            .map(|(rank, _)| rank)
+    }
+
     fn check_told(
         &mut self,
         rank: Rank,

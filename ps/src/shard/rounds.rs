@@ -143,6 +143,11 @@ impl Rounds {
         self.here.len()
     }
 
+    /// Answers that wait for those that they follow, and notes of who told what.
+    pub(super) fn told(&self) -> (usize, usize) {
+        (self.held_early.len(), self.told.len())
+    }
+
     pub(super) fn parked_bytes(&self, rank: Rank) -> usize {
         self.open
             .values()
@@ -426,7 +431,7 @@ impl Rounds {
         now: Duration,
         header: FrameHeader,
         held: Held,
-        rank: Rank,
+        (rank, at): (Rank, Step),
     ) -> Result<Vec<Due>, Fault> {
         self.check_bucket(header.bucket)?;
         let key = (header.step, header.bucket);
@@ -435,7 +440,7 @@ impl Rounds {
         let mut next = Some(held);
         while let Some(held) = next {
             let phase = shape.phase_of(held.kind);
-            due.extend(self.adopt_one(now, header, held, rank)?);
+            due.extend(self.adopt_one(now, header, held, (rank, at))?);
             // Frames of different streams come in any order: the one that follows may be here.
             next = self
                 .told
@@ -451,7 +456,7 @@ impl Rounds {
         now: Duration,
         header: FrameHeader,
         held: Held,
-        rank: Rank,
+        (rank, at): (Rank, Step),
     ) -> Result<Option<Due>, Fault> {
         let key = (header.step, header.bucket);
         let known = self.check_held(key, &held, rank)?;
@@ -467,8 +472,15 @@ impl Rounds {
         }
         if !known && !self.open.contains_key(&key) {
             if header.step < self.step {
-                // Older than what is kept: nobody can ask for it.
-                return Ok(None);
+                // Older than what is kept. Whether the sender's copy is that of the others shows in its last step.
+                return if header.step.0.saturating_add(1) < at.0 {
+                    Ok(None)
+                } else {
+                    Err(Fault::Gone(format!(
+                        "rank {rank} has come to step {at}, and what it applied before can no longer be compared with the others': the job is at step {}; join again",
+                        self.step
+                    )))
+                };
             }
             let round = self.new_round(now, header);
             self.open.insert(key, round);
@@ -535,6 +547,14 @@ impl Rounds {
         let later = self.open.split_off(&(step, BucketId(0)));
         let dropped = core::mem::replace(&mut self.open, later);
         self.step = self.step.max(step);
+        // What members that are gone again did in steps to which nobody has come.
+        let beyond = Step(self.window().end().saturating_add(1));
+        self.open.split_off(&(beyond, BucketId(0)));
+        self.updates.split_off(&beyond);
+        let later = Step(step.0.saturating_add(1));
+        for closed in self.closed.split_off(&(later, BucketId(0))).into_values() {
+            self.retained_bytes -= closed.bytes();
+        }
         self.move_on();
         dropped
             .into_values()

@@ -11,8 +11,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, RefusalCode,
-    Welcome,
+    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, MAX_ROSTER_BYTES, PROTOCOL_VERSION,
+    RefusalCode, Welcome,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -205,11 +205,14 @@ pub fn header(step: u64, bytes: usize) -> FrameHeader {
 }
 
 pub async fn answer(recv: &mut RecvStream) -> (FrameHeader, Bytes) {
-    tokio::time::timeout(PATIENCE, read_frame(recv, 1 << 20, "shard"))
-        .await
-        .unwrap()
-        .unwrap()
-        .unwrap()
+    tokio::time::timeout(
+        PATIENCE,
+        read_frame(recv, (1 << 20) + MAX_ROSTER_BYTES, "shard"),
+    )
+    .await
+    .unwrap()
+    .unwrap()
+    .unwrap()
 }
 
 /// A server and its welcomed workers.

@@ -253,6 +253,10 @@ impl<'a> Job<'a> {
             .arg(format!("--shards={}", spec.shards))
             .arg(format!("--workers={}", spec.workers))
             .args(flags(&spec.elastic, &[]));
+        if self.addresses[at].is_empty() {
+            // No job can be running yet.
+            command.arg("--start-grace-seconds=0");
+        }
         if spec.train.snapshot_every > 0 || spec.snapshots().is_dir() {
             let dir = spec.snapshots().join(format!("shard-{shard}"));
             command.arg("--snapshot-dir").arg(dir);

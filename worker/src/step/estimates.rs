@@ -5,7 +5,8 @@
 //! tensors, every worker sends the h that it has, and their mean is the new H. Dense tensors travel along as in a dense
 //! round, since under randk and topk their means would have been part of the answer that did not come.
 
-use super::round::{Exchange, Round, Traffic};
+use super::exchange::Exchange;
+use super::round::{Round, Traffic};
 use super::stats::ByteCounts;
 use super::{Outgoing, StepContext};
 use crate::backend::Backend;

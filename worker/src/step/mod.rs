@@ -56,6 +56,7 @@ mod commit;
 mod elastic;
 mod error;
 mod estimates;
+mod exchange;
 mod result;
 mod round;
 mod state;

@@ -1,15 +1,15 @@
 //! One round: a bucket with a shard. See the module above for the table of states and events.
 
 use super::error::StepError;
+use super::exchange::Exchange;
 use super::stats::ByteCounts;
 use super::{Outgoing, StepContext};
-use crate::backend::{Backend, Energies, SegmentCommit, SentRows};
-use arc_topk_common::compress::{ValueCodec, randk_rows};
+use crate::backend::{Backend, Energies, SegmentCommit};
 use arc_topk_common::ids::{BucketId, ShardId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{
     Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Layout, Phase, RoundShape,
-    SegmentShape, WireError, append_selection, decode_roster,
+    SegmentShape, WireError, decode_roster,
 };
 use bytes::Bytes;
 use core::ops::Range;
@@ -36,21 +36,6 @@ impl State {
             Self::Closed | Self::NonFinite => "closed",
         }
     }
-}
-
-/// What became of one segment in this round. Bytes are slices of whole frames.
-#[derive(Debug)]
-pub(super) struct Exchange {
-    pub(super) shape: SegmentShape,
-    /// Compressible tensor.
-    pub(super) sparse: bool,
-    /// Rows that this worker sent (absolute); unused where all rows travel.
-    own: Vec<u32>,
-    /// topk: rows of the mean.
-    union: Option<Vec<u32>>,
-    pub(super) sent: Bytes,
-    pub(super) mean: Bytes,
-    pub(super) counted: bool,
 }
 
 /// An answer as it came, roster included.
@@ -539,86 +524,6 @@ impl Round {
             shard: self.shape.shard,
             bucket: self.shape.bucket,
             source,
-        }
-    }
-}
-
-impl Exchange {
-    /// Appends this segment's part of the first frame. Returns where the part lies that commit will need.
-    fn encode_first(
-        &mut self,
-        kind: FrameKind,
-        round: &RoundShape,
-        backend: &mut dyn Backend,
-        ctx: &StepContext<'_>,
-        body: &mut Vec<u8>,
-        sent: &mut ByteCounts,
-    ) -> Range<usize> {
-        let segment = self.shape.segment;
-        let mut start = body.len();
-        match kind {
-            _ if !self.sparse => backend.encode_all(segment, round.codec_dense, body),
-            FrameKind::Sketch => {
-                backend.encode_sketch(segment, round.codec_sketch, body);
-                sent.sketch += (body.len() - start) as u64;
-                return 0..0;
-            }
-            FrameKind::Values => {
-                self.own = self.shared_rows(ctx);
-                backend.encode_rows(segment, &self.own, round.codec_up, body);
-            }
-            FrameKind::Sparse => {
-                self.own = backend.top_rows(segment, self.shape.keep);
-                let relative: Vec<u32> =
-                    self.own.iter().map(|row| row - segment.row_start).collect();
-                append_selection(self.shape.rows, &relative, body);
-                sent.selection += (body.len() - start) as u64;
-                start = body.len();
-                backend.encode_rows(segment, &self.own, round.codec_up, body);
-            }
-            _ => backend.encode_all(segment, round.codec_dense, body),
-        }
-        let bytes = (body.len() - start) as u64;
-        if self.sparse && matches!(kind, FrameKind::Values | FrameKind::Sparse) {
-            sent.values += bytes;
-        } else {
-            sent.dense += bytes;
-        }
-        start..body.len()
-    }
-
-    /// Rows that every worker draws alike.
-    fn shared_rows(&self, ctx: &StepContext<'_>) -> Vec<u32> {
-        let segment = self.shape.segment;
-        let rows = segment.row_start as usize..segment.row_end as usize;
-        randk_rows(ctx.key(segment.tensor), rows, self.shape.keep)
-    }
-
-    fn end(&self, all_rows: bool, round: &RoundShape, measure: bool) -> SegmentCommit<'_> {
-        let codec = |compressed: ValueCodec| {
-            if all_rows {
-                round.codec_dense
-            } else {
-                compressed
-            }
-        };
-        SegmentCommit {
-            segment: self.shape.segment,
-            dense_round: all_rows,
-            rows: match &self.union {
-                _ if all_rows => SentRows::All,
-                Some(union) => SentRows::Union {
-                    own: &self.own,
-                    all: union,
-                },
-                None => SentRows::Some(&self.own),
-            },
-            sent: self.counted.then_some(&self.sent[..]),
-            abstained: false,
-            codec_up: codec(round.codec_up),
-            mean: &self.mean,
-            codec_down: codec(round.codec_down),
-            measure,
         }
     }
 }

@@ -368,3 +368,63 @@ fn a_job_whose_members_are_all_away_is_remembered_and_then_forgotten() {
     assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
     assert_eq!(bench.shard.next_deadline(), None);
 }
+
+#[test]
+fn one_that_is_back_and_not_waited_for_yet_holds_nobody_up() {
+    let mut bench = Bench::running(2, Compressor::Dense);
+    dense(&mut bench, 0, 0);
+    let mut hello = member(&bench.plan.spec, place(1, &[0, 1]), 0);
+    let Intent::Member { waited, .. } = &mut hello.intent else {
+        unreachable!()
+    };
+    *waited = false;
+    assert_eq!(roster(&bench.hello(11, hello)), [0]);
+}
+
+#[test]
+fn shards_other_than_0_remove_nobody_by_themselves() {
+    let (mut bench, spec) = second_of_two();
+    for rank in 0..2 {
+        bench.hello(u64::from(rank), to_second(&spec, rank));
+        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
+    }
+    bench.cut(1);
+    bench.tick(MEMBER_TIMEOUT * 2);
+    assert_eq!(bench.shard.next_deadline(), None, "nothing to wake up for");
+    assert_eq!(bench.shard.status(bench.now).members.len(), 2);
+    // Shard 0 does, and a worker passes that on.
+    let removed = Control::Membership {
+        epoch: Epoch(2),
+        next_rank: 2,
+        members: vec![Rank(0)],
+        away: Vec::new(),
+        reason: String::new(),
+    };
+    bench.control(0, removed);
+    let status = bench.shard.status(bench.now);
+    assert_eq!((status.members.len(), status.epoch), (1, Epoch(2)));
+    let (_, code, _) = refusals(&bench.hello(11, to_second(&spec, 1))).remove(0);
+    assert_eq!(code, RefusalCode::Superseded);
+}
+
+#[test]
+fn relayed_news_makes_rounds_go_on() {
+    let (mut bench, spec) = second_of_two();
+    for rank in 0..2 {
+        bench.hello(u64::from(rank), to_second(&spec, rank));
+        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
+    }
+    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
+    let body = vec![0; shape.dense_layout().bytes];
+    bench.cut(1);
+    assert_eq!(answers(&bench.send(0, 0, FrameKind::Dense, body)), []);
+    // Its process has ended, which shard 0 saw: no need to wait for the rest of the moment.
+    let removed = Control::Membership {
+        epoch: Epoch(2),
+        next_rank: 2,
+        members: vec![Rank(0)],
+        away: Vec::new(),
+        reason: String::new(),
+    };
+    assert_eq!(roster(&bench.control(0, removed)), [0]);
+}

@@ -1,9 +1,22 @@
-//! Whatever peers send: no panic, no hang, bounded memory, and one who keeps the rules is not refused for it (I5), with
-//! one exception: the first frame of a step decides its update number, so a peer that comes first with a false one has
-//! the others removed. Nobody could tell which of them is right.
+//! Whatever peers send: no panic, no hang, bounded memory, and one who keeps the rules is not refused for it (I5). Peers are
+//! members, with certificates of the job; what one that lies can still do to one that keeps the rules:
+//!
+//! - The first frame of a step decides its update number, so a peer that comes first with a false one has the others
+//!   removed. Nobody could tell which of them is right.
+//! - Where fewer than the minimum are left, the job ends for all.
+//! - While the job gathers, one that says that it goes on has those refused that cannot take their state from a snapshot.
+//! - While a worker is away, rounds go on without it; and a shard that was started anew believes what members tell. A liar
+//!   that comes first decides whose start of the job it is, who its members are, how far it is and what was answered. One who
+//!   keeps the rules is then found to differ, or to be too far behind: it is told to join again (Superseded), no worse. The
+//!   same holds, at shards other than 0, for what a liar passes on of the members while another one is away.
+//!
+//! A worker that is connected all the time to a shard that is not restarted is refused for nothing else.
 
+use super::honest::Honest;
 use super::*;
+use arc_topk_common::wire::Direction;
 use proptest::prelude::*;
+use std::collections::BTreeSet;
 
 #[derive(Clone, Debug)]
 enum Move {
@@ -12,14 +25,38 @@ enum Move {
         rank: Option<u16>,
         start: u64,
         shard: u16,
+        elastic: bool,
+    },
+    /// Of a member, true or not.
+    Member {
+        session: u64,
+        place: Place,
+        step: u64,
+        waited: bool,
+        incarnation: u8,
     },
     /// A frame as the open phase asks for, this many steps after the shard's.
     Good {
         session: u64,
         ahead: u64,
     },
+    /// An answer that was given to anybody, perhaps spoiled.
+    Held {
+        session: u64,
+        at: usize,
+        spoiled: Option<usize>,
+        step: Option<u64>,
+    },
+    Control {
+        session: u64,
+        message: Control,
+    },
     /// The next frame of the worker that keeps the rules.
     Honest,
+    HonestCut,
+    HonestBack,
+    /// The process is started anew.
+    Restart,
     Frame {
         session: u64,
         kind: usize,
@@ -27,10 +64,10 @@ enum Move {
         step: u64,
         update: u64,
         bytes: usize,
-        non_finite: bool,
+        flags: (bool, bool, bool),
     },
     Leave(u64),
-    Closed(u64),
+    Closed(u64, bool),
     Violation(u64),
     Report {
         session: u64,
@@ -40,31 +77,82 @@ enum Move {
     Tick(u64),
 }
 
-const KINDS: [FrameKind; 8] = [
-    FrameKind::Sketch,
-    FrameKind::Selection,
-    FrameKind::Values,
-    FrameKind::Mean,
-    FrameKind::Dense,
-    FrameKind::DenseMean,
-    FrameKind::Sparse,
-    FrameKind::SparseMean,
-];
+const KINDS: [FrameKind; 11] = FrameKind::ALL;
 
 fn any_move() -> impl Strategy<Value = Move> {
     let session = 0u64..6;
     prop_oneof![
-        3 => (session.clone(), prop::option::of(0u16..4), starts(), prop_oneof![9 => Just(0u16), 1 => 0u16..3])
-            .prop_map(|(session, rank, start, shard)| Move::Hello { session, rank, start, shard }),
+        3 => (session.clone(), prop::option::of(0u16..4), starts(), prop_oneof![9 => Just(0u16), 1 => 0u16..3], any::<bool>())
+            .prop_map(|(session, rank, start, shard, elastic)| Move::Hello { session, rank, start, shard, elastic }),
+        3 => (session.clone(), any_place(), steps(), any::<bool>(), 0u8..8)
+            .prop_map(|(session, place, step, waited, incarnation)| Move::Member { session, place, step, waited, incarnation }),
         12 => (session.clone(), 0u64..3).prop_map(|(session, ahead)| Move::Good { session, ahead }),
-        6 => Just(Move::Honest),
-        3 => (session.clone(), 0usize..8, 0u16..3, prop_oneof![0u64..3, any::<u64>()], prop_oneof![0u64..3, any::<u64>()], 0usize..80, any::<bool>())
-            .prop_map(|(session, kind, bucket, step, update, bytes, non_finite)| Move::Frame { session, kind, bucket, step, update, bytes, non_finite }),
+        4 => (session.clone(), 0usize..16, prop::option::weighted(0.2, 0usize..90), prop::option::weighted(0.2, steps()))
+            .prop_map(|(session, at, spoiled, step)| Move::Held { session, at, spoiled, step }),
+        6 => (session.clone(), any_control()).prop_map(|(session, message)| Move::Control { session, message }),
+        8 => Just(Move::Honest),
+        1 => Just(Move::HonestCut),
+        2 => Just(Move::HonestBack),
+        1 => Just(Move::Restart),
+        3 => (session.clone(), 0usize..11, 0u16..3, steps(), steps(), 0usize..80, any::<(bool, bool, bool)>())
+            .prop_map(|(session, kind, bucket, step, update, bytes, flags)| Move::Frame { session, kind, bucket, step, update, bytes, flags }),
         1 => session.clone().prop_map(Move::Leave),
-        1 => session.clone().prop_map(Move::Closed),
+        1 => (session.clone(), any::<bool>()).prop_map(|(session, for_good)| Move::Closed(session, for_good)),
         1 => session.clone().prop_map(Move::Violation),
         1 => (session, any::<u64>(), any::<f32>()).prop_map(|(session, step, loss)| Move::Report { session, step, loss }),
         1 => (0u64..40).prop_map(Move::Tick),
+    ]
+}
+
+fn steps() -> impl Strategy<Value = u64> {
+    prop_oneof![6 => 0u64..4, 1 => Just(LAST_START_STEP.0), 1 => Just(u64::MAX), 1 => any::<u64>()]
+}
+
+/// Of the run that there is, mostly: who its first member was, nobody can know.
+fn any_place() -> impl Strategy<Value = Place> {
+    let epoch = prop_oneof![8 => 0u32..4, 1 => Just(u32::MAX)];
+    let next_rank = prop_oneof![8 => 4u16..6, 1 => Just(u16::MAX), 1 => Just(0u16)];
+    (
+        0u16..4,
+        prop::collection::btree_set(0u16..4, 0..4),
+        epoch,
+        next_rank,
+        any::<bool>(),
+    )
+        .prop_map(|(rank, mut named, epoch, next_rank, known)| {
+            named.insert(rank);
+            let named: Vec<u16> = named.into_iter().collect();
+            let real = place(rank, &named);
+            Place {
+                run: if known { real.run } else { RunId([77; 16]) },
+                epoch: Epoch(epoch),
+                next_rank,
+                ..real
+            }
+        })
+}
+
+fn any_control() -> impl Strategy<Value = Control> {
+    let step = || steps().prop_map(Step);
+    prop_oneof![
+        prop_oneof![6 => 0u32..8, 1 => Just(u32::MAX)]
+            .prop_map(|frames| Control::Retelling { frames }),
+        step().prop_map(|step| Control::Ready { step }),
+        Just(Control::Away),
+        step().prop_map(|step| Control::Donating { step }),
+        step().prop_map(|step| Control::Donated { step }),
+        (step(), 0u8..3).prop_map(|(step, byte)| Control::Digest {
+            step,
+            digest: [byte; 32]
+        }),
+        any_place().prop_map(|place| Control::Membership {
+            epoch: place.epoch,
+            next_rank: place.next_rank,
+            members: place.members,
+            away: Vec::new(),
+            reason: String::new(),
+        }),
+        Just(Control::Donate),
     ]
 }
 
@@ -78,169 +166,82 @@ fn starts() -> impl Strategy<Value = u64> {
     ]
 }
 
-/// One worker that keeps the rules, whatever the others do.
-struct Honest {
-    welcomed: bool,
-    refused: bool,
-    step: u64,
-    update: u64,
-    /// Kind of its next frame and the rows chosen, if it is not waiting for an answer.
-    next: Option<(FrameKind, Option<Vec<Vec<u32>>>)>,
+/// The frame that the oldest open round asks for, if it is of a fixed length.
+fn good(bench: &mut Bench, session: u64, ahead: u64) -> Vec<Action> {
+    let status = bench.shard.status(bench.now);
+    let shape = bench.shape(0);
+    let gathers = status.open_rounds.first().and_then(|round| {
+        let named = |kind: &FrameKind| format!("{kind:?}").to_lowercase() == round.gathers;
+        KINDS.into_iter().find(named)
+    });
+    let kind = gathers.unwrap_or(shape.phases()[0].up);
+    let bytes = match kind {
+        FrameKind::Sketch => shape.sketch_layout().bytes,
+        FrameKind::Dense => shape.dense_layout().bytes,
+        _ => shape.values_layout(&shape.keep(), Direction::Up).bytes,
+    };
+    let step = status.step.0.saturating_add(ahead);
+    bench.send(session, step, kind, vec![0; bytes])
 }
 
-impl Honest {
-    const SESSION: u64 = 100;
-
-    /// Its Hello comes first: a job that others began may well have another start or plan.
-    fn join(bench: &mut Bench, compressor: Compressor) -> Self {
-        let mut honest = Self {
-            welcomed: false,
-            refused: false,
-            step: 0,
-            update: 0,
-            next: None,
-        };
-        let actions = bench.hello(Self::SESSION, hello(&spec(algorithm(compressor))));
-        honest.hear(bench, &actions);
-        honest
-    }
-
-    fn play(&mut self, bench: &mut Bench) -> Vec<Action> {
-        let ready = self.welcomed && !self.refused;
-        let Some((kind, rows)) = self.next.take_if(|_| ready) else {
-            return Vec::new();
-        };
-        let shape = bench.shape(self.update);
-        let body = match kind {
-            FrameKind::Sketch => vec![0; shape.sketch_layout().bytes],
-            FrameKind::Dense => vec![0; shape.dense_layout().bytes],
-            FrameKind::Sparse => sparse_body(&shape),
-            _ => {
-                let chosen = rows.map(|rows| rows.iter().map(Vec::len).collect());
-                let kept: Vec<usize> = chosen.unwrap_or_else(|| shape.keep());
-                vec![
-                    0;
-                    shape
-                        .values_layout(&kept, arc_topk_common::wire::Direction::Up)
-                        .bytes
-                ]
-            }
-        };
-        let mut head = header(kind, self.step, body.len());
-        head.update = self.update;
-        bench.frame(Self::SESSION, head, body)
-    }
-
-    fn hear(&mut self, bench: &Bench, actions: &[Action]) {
-        for action in actions {
-            match action {
-                Action::Control {
-                    session: SessionId(Self::SESSION),
-                    message: Control::Welcome(_),
-                } => {
-                    self.welcomed = true;
-                    self.begin(bench);
-                }
-                Action::Round {
-                    session: SessionId(Self::SESSION),
-                    header,
-                    body,
-                } => self.answered(bench, *header, &body[..header.payload_bytes()]),
-                Action::Close {
-                    session: SessionId(Self::SESSION),
-                    code,
-                    detail,
-                } => {
-                    self.refused = true;
-                    let others_fault = *code == RefusalCode::TooFewWorkers
-                        || detail.contains("schedules have come apart")
-                        || detail.contains("an update number grows by at most one a step");
-                    assert!(others_fault, "{code:?}: {detail}");
-                }
-                _ => {}
-            }
-        }
-    }
-
-    fn begin(&mut self, bench: &Bench) {
-        let shape = bench.shape(self.update);
-        self.next = Some((shape.phases()[0].up, None));
-    }
-
-    fn answered(&mut self, bench: &Bench, header: FrameHeader, body: &[u8]) {
-        assert_eq!((header.step, header.update), (Step(self.step), self.update));
-        assert!(header.flags.counted || header.flags.non_finite);
-        if header.kind == FrameKind::Selection && !header.flags.non_finite {
-            let shape = bench.shape(self.update);
-            let rows = shape.decode_selection_body(body).unwrap().rows;
-            self.next = Some((FrameKind::Values, Some(rows)));
-            return;
-        }
-        self.step += 1;
-        self.update += u64::from(!header.flags.non_finite);
-        self.begin(bench);
-    }
-}
-
-/// The first rows of every segment.
-fn sparse_body(shape: &RoundShape) -> Vec<u8> {
-    let mut out = Vec::new();
-    for segment in &shape.sparse {
-        let rows: Vec<u32> = (0..segment.keep as u32).collect();
-        arc_topk_common::wire::append_selection(segment.rows, &rows, &mut out);
-        F32.encode(&vec![0.0; rows.len() * segment.width], &mut out);
-    }
-    for segment in &shape.dense {
-        F32.encode(&vec![0.0; segment.elements()], &mut out);
-    }
-    out
-}
-
-fn play(
-    bench: &mut Bench,
-    honest: Option<&mut Honest>,
-    compressor: Compressor,
-    a_move: &Move,
-) -> Vec<Action> {
-    let spec = spec(algorithm(compressor));
-    match *a_move {
-        Move::Honest => honest.map_or_else(Vec::new, |honest| honest.play(bench)),
+fn play(bench: &mut Bench, given: &[(FrameHeader, Bytes)], a_move: &Move) -> Vec<Action> {
+    let spec = bench.plan.spec.clone();
+    match a_move.clone() {
+        Move::Honest | Move::HonestCut | Move::HonestBack | Move::Restart => Vec::new(),
         Move::Hello {
             session,
             rank,
             start,
             shard,
+            elastic,
+        } => {
+            let mut hello = Hello {
+                shard,
+                incarnation: incarnation(session),
+                ..join(&spec, rank, start)
+            };
+            if let Intent::Join { elastic: can, .. } = &mut hello.intent {
+                *can = elastic;
+            }
+            bench.hello(session, hello)
+        }
+        Move::Member {
+            session,
+            place,
+            step,
+            waited,
+            incarnation,
         } => {
             let hello = Hello {
-                shard,
-                ..join(&spec, rank, start)
+                incarnation: [incarnation; 16],
+                intent: Intent::Member {
+                    place,
+                    step: Step(step),
+                    waited,
+                },
+                ..hello(&spec)
             };
             bench.hello(session, hello)
         }
-        Move::Good { session, ahead } => {
-            let step = bench.shard.status(bench.now).step.0.saturating_add(ahead);
-            let shape = bench.shape(0);
-            // The first frame of the phase that is open, if it is of a fixed length.
-            let kind = bench.shard.status(bench.now).open_rounds.first().map_or(
-                shape.phases()[0].up,
-                |round| {
-                    KINDS
-                        .into_iter()
-                        .find(|kind| format!("{kind:?}").to_lowercase() == round.gathers)
-                        .unwrap()
-                },
-            );
-            let bytes = match kind {
-                FrameKind::Sketch => shape.sketch_layout().bytes,
-                FrameKind::Dense => shape.dense_layout().bytes,
-                _ => {
-                    shape
-                        .values_layout(&shape.keep(), arc_topk_common::wire::Direction::Up)
-                        .bytes
-                }
+        Move::Good { session, ahead } => good(bench, session, ahead),
+        Move::Held {
+            session,
+            at,
+            spoiled,
+            step,
+        } => {
+            let Some((mut header, body)) = given.get(at % given.len().max(1)).cloned() else {
+                return Vec::new();
             };
-            bench.send(session, step, kind, vec![0; bytes])
+            let mut body = body.to_vec();
+            header.flags.held = true;
+            header.step = step.map_or(header.step, Step);
+            if let Some(byte) = spoiled.and_then(|at| body.get_mut(at)) {
+                *byte ^= 0x55;
+            }
+            bench.frame(session, header, body)
         }
+        Move::Control { session, message } => bench.control(session, message),
         Move::Frame {
             session,
             kind,
@@ -248,18 +249,20 @@ fn play(
             step,
             update,
             bytes,
-            non_finite,
+            flags: (non_finite, absent, held),
         } => {
             let mut head = header(KINDS[kind], step, bytes);
             head.bucket = BucketId(bucket);
             head.update = update;
             head.flags.non_finite = non_finite;
+            head.flags.absent = absent;
+            head.flags.held = held;
             bench.frame(session, head, vec![0xff; bytes])
         }
         Move::Leave(session) => bench.handle(Event::Leave {
             session: SessionId(session),
         }),
-        Move::Closed(session) => bench.lose(session),
+        Move::Closed(session, for_good) => bench.close(session, for_good),
         Move::Violation(session) => bench.handle(Event::Violation {
             session: SessionId(session),
             detail: "x".to_owned(),
@@ -269,47 +272,82 @@ fn play(
             step,
             loss,
         } => super::reports::report(bench, session, step, loss),
-        Move::Tick(seconds) => {
-            bench.now += Duration::from_secs(seconds);
-            bench.handle(Event::Tick)
-        }
+        Move::Tick(seconds) => bench.tick(Duration::from_secs(seconds)),
     }
 }
 
+/// The bounds of what the machine holds, and that nothing waits that could go on.
+fn check(bench: &Bench, config: &ShardConfig) -> Result<(), TestCaseError> {
+    let status = bench.shard.status(bench.now);
+    let load = bench.shard.load();
+    // Six peers, the one that keeps the rules, and four ranks that are named.
+    prop_assert!(status.members.len() <= 11);
+    prop_assert!(status.journal.len() <= 40);
+    let steps = if status.stage == Stage::Recovering {
+        16
+    } else {
+        2
+    };
+    let share_of_a_step = bench.shard.body_limit() * bench.shard.open_rounds_limit() / 2;
+    prop_assert!(status.open_rounds.len() <= steps * bench.shard.open_rounds_limit() / 2);
+    prop_assert!(load.parked_bytes <= status.members.len() * steps * share_of_a_step);
+    let phases = 3;
+    let kept = RETAIN_STEPS as usize + steps + 1;
+    let pinned = bench.shard.limits.retained_bytes;
+    prop_assert!(load.retained_bytes <= pinned + kept * phases * share_of_a_step);
+    prop_assert!(
+        bench
+            .shard
+            .next_deadline()
+            .is_none_or(|deadline| deadline > bench.now)
+    );
+    let job = bench.shard.job.as_ref().filter(|job| job.is_running());
+    for (step, _, round) in job.iter().flat_map(|job| job.rounds.open()) {
+        let live = job.map_or_else(BTreeSet::new, |job| job.members.live(bench.now, step));
+        let enough = live.len() >= usize::from(config.min_workers.max(1));
+        prop_assert!(!enough || !live.iter().all(|rank| round.has(*rank)));
+    }
+    Ok(())
+}
+
 proptest! {
-    #![proptest_config(ProptestConfig { cases: 400, ..ProptestConfig::default() })]
+    #![proptest_config(ProptestConfig { cases: 800, ..ProptestConfig::default() })]
 
     #[test]
     fn any_sequence_is_survived_with_bounded_memory(
-        moves in prop::collection::vec(any_move(), 1..120),
+        moves in prop::collection::vec(any_move(), 1..160),
         compressor in prop::sample::select(vec![Compressor::Arc, Compressor::Randk, Compressor::Topk, Compressor::Dense]),
         world in 1u16..4,
         min_workers in 1u16..3,
         with_honest in any::<bool>(),
+        restarts in any::<bool>(),
     ) {
         let plan = Plan::build(spec(algorithm(compressor))).unwrap();
-        let config = ShardConfig { min_workers: min_workers.min(world), ..config(world) };
-        let mut bench = Bench { shard: Shard::new(config), now: Duration::ZERO, plan };
-        let mut honest = with_honest.then(|| Honest::join(&mut bench, compressor));
+        let config = ShardConfig { min_workers: min_workers.min(world), max_workers: 4, ..config(world) };
+        let limits = Limits { retained_bytes: 3000, ..Limits::default() };
+        let fresh = || Shard::with_limits(config.clone(), limits);
+        let mut bench = Bench { shard: fresh(), now: Duration::ZERO, plan };
+        let mut honest = with_honest.then(|| Honest::join(&mut bench));
+        let mut given = Vec::new();
         for a_move in &moves {
-            let actions = play(&mut bench, honest.as_mut(), compressor, a_move);
+            let actions = match (a_move, &mut honest) {
+                (Move::Honest, Some(honest)) => honest.play(&mut bench),
+                (Move::HonestCut, Some(honest)) if restarts => honest.cut(&mut bench),
+                (Move::HonestBack, Some(honest)) => honest.come_back(&mut bench),
+                (Move::Restart, honest) if restarts => {
+                    bench.shard = fresh();
+                    if let Some(honest) = honest {
+                        honest.restarted();
+                    }
+                    Vec::new()
+                }
+                _ => play(&mut bench, &given, a_move),
+            };
             if let Some(honest) = &mut honest {
                 honest.hear(&bench, &actions);
             }
-            let status = bench.shard.status(bench.now);
-            prop_assert!(status.members.len() <= usize::from(world));
-            prop_assert!(status.open_rounds.len() <= bench.shard.open_rounds_limit());
-            prop_assert!(status.journal.len() <= 40);
-            // Each member's frames of the window, and no more.
-            let load = bench.shard.load();
-            let share_of_a_step = bench.shard.body_limit() * bench.shard.open_rounds_limit() / 2;
-            prop_assert!(load.parked_bytes <= usize::from(load.members) * 2 * share_of_a_step);
-            // Nothing waits that could go on.
-            let waits = |round: &OpenRound| {
-                let came = status.members.len() - round.missing.len();
-                !round.missing.is_empty() || came < usize::from(min_workers)
-            };
-            prop_assert!(status.open_rounds.iter().all(waits));
+            given.extend(whole_answers(&actions).into_iter().map(|(_, header, body)| (header, body)));
+            check(&bench, &config)?;
         }
     }
 }

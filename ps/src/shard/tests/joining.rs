@@ -116,6 +116,7 @@ fn another_shard_learns_of_a_joiner_by_its_coming() {
     *waited = false;
     let actions = bench.hello(7, hello);
     assert_eq!(ranks(&actions), [(7, 2)]);
+    bench.control(7, Control::Retelling { frames: 0 });
     for session in 0..2 {
         bench.send(session, 0, FrameKind::Dense, body.clone());
     }
@@ -251,21 +252,18 @@ fn a_snapshot_of_a_step_that_has_not_been_is_refused() {
 fn answers_are_kept_from_a_pin_on_and_no_longer_than_needed() {
     let (mut bench, _) = two_of(3);
     let retained = |bench: &Bench| bench.shard.load().retained_rounds as u64;
-    let pin = |session, step| Event::Control {
-        session: SessionId(session),
-        message: Control::Donating { step: Step(step) },
-    };
+    let pin = |step| Control::Donating { step: Step(step) };
     steps(&mut bench, &[0, 1], 0..20);
     assert_eq!(retained(&bench), RETAIN_STEPS);
-    // What is gone stays gone, and those that are no members are of no interest.
-    bench.handle(pin(9, 0));
+    // What is gone stays gone, and nobody else has a say.
+    bench.control(9, pin(0));
     steps(&mut bench, &[0, 1], 20..21);
     assert_eq!(retained(&bench), RETAIN_STEPS);
-    bench.handle(pin(0, 14));
+    bench.control(0, pin(14));
     steps(&mut bench, &[0, 1], 21..40);
     assert_eq!(retained(&bench), 40 - 14);
     // A later one does not take from the first.
-    bench.handle(pin(1, 30));
+    bench.control(0, pin(30));
     steps(&mut bench, &[0, 1], 40..41);
     assert_eq!(retained(&bench), 41 - 14);
     bench.tick(Duration::from_secs(119));
@@ -323,7 +321,7 @@ fn those_that_wait_start_the_job_anew_when_the_others_are_gone() {
     assert_eq!(ranks(&actions), [(7, 0), (8, 1)]);
     let welcome = &welcomes(&actions)[0].1;
     assert!(!welcome.snapshot);
-    assert_eq!(welcome.place.run, RunId(incarnation(7)));
+    assert_eq!(welcome.place.run, run(2));
     assert_eq!((welcome.step, bench.shard.is_running()), (Step(0), true));
     steps(&mut bench, &[7, 8], 0..2);
 }

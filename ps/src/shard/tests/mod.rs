@@ -3,6 +3,7 @@
 
 mod away;
 mod digests;
+mod honest;
 mod hostile;
 mod joining;
 mod membership;
@@ -11,7 +12,9 @@ mod recovery;
 mod refusals;
 mod reports;
 mod rounds;
+mod sequences;
 mod successors;
+mod telling;
 
 use super::*;
 use arc_topk_common::compress::ValueCodec;
@@ -98,15 +101,22 @@ fn elastic(spec: &PlanSpec, session: u64) -> Hello {
     }
 }
 
-/// Of the worker that [`Bench::running`] started with this session, and of the run if it is 0.
+/// Of the worker that [`Bench::running`] started with this session.
 fn incarnation(session: u64) -> [u8; 16] {
     [session as u8 + 1; 16]
+}
+
+/// What the shard calls the n-th start of the job.
+fn run(start: u8) -> RunId {
+    let mut run = [0; 16];
+    (run[0], run[8]) = (1, start);
+    RunId(run)
 }
 
 /// As shard 0 gave it when the job started with these members.
 fn place(rank: u16, members: &[u16]) -> Place {
     Place {
-        run: RunId(incarnation(0)),
+        run: run(1),
         rank: Rank(rank),
         epoch: Epoch(1),
         next_rank: members.iter().max().map_or(0, |rank| rank + 1),

@@ -352,3 +352,50 @@ fn parked_bytes_are_bounded() {
         "60 bytes of rank 1 would wait here for other workers, above the limit of 40: use more shards or smaller buckets"
     );
 }
+
+#[test]
+fn places_that_shard_0_never_gave() {
+    let refused = |change: fn(&mut Place)| {
+        let mut bench = Bench::running(2, Compressor::Dense);
+        let mut place = place(1, &[0, 1]);
+        change(&mut place);
+        let hello = member(&bench.plan.spec, place, 0);
+        let (_, code, detail) = refusals(&bench.hello(9, hello)).remove(0);
+        assert_eq!(code, RefusalCode::Rank);
+        detail
+    };
+    assert_eq!(
+        refused(|place| place.members = vec![Rank(0)]),
+        "rank 1 is not among the members that it names: run the same release everywhere"
+    );
+    assert_eq!(
+        refused(|place| place.epoch = Epoch(0)),
+        "rank 1 names no membership that shard 0 ever gave: run the same release everywhere"
+    );
+    assert_eq!(
+        refused(|place| place.next_rank = 1),
+        "a rank among the members is not below 1, the next one to be given: run the same release everywhere"
+    );
+}
+
+#[test]
+fn a_running_coordinator_takes_no_list_of_members_from_one_of_them() {
+    let mut bench = Bench::running(2, Compressor::Dense);
+    let spec = bench.plan.spec.clone();
+    let lie = |epoch| Place {
+        epoch: Epoch(epoch),
+        ..place(1, &[1])
+    };
+    bench.hello(11, member(&spec, lie(2), 0));
+    let place = bench
+        .shard
+        .job
+        .as_ref()
+        .unwrap()
+        .members
+        .place(run(1), Rank(0));
+    assert_eq!(place.members, [Rank(0), Rank(1)]);
+    assert_eq!(place.epoch, Epoch(3), "above what others may know");
+    bench.hello(12, member(&spec, lie(u32::MAX), 0));
+    assert_eq!(bench.shard.status(bench.now).epoch, Epoch(3));
+}
