@@ -1,6 +1,8 @@
 //! Tuning of a session.
 
 use crate::error::TransportError;
+use quinn::{ConnectionId, ConnectionIdGenerator};
+use ring::rand::{SecureRandom, SystemRandom};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -132,6 +134,9 @@ impl TransportConfig {
             Some(secret) => quinn::EndpointConfig::new(Arc::new(reset_key(secret))),
             None => quinn::EndpointConfig::default(),
         };
+        if secret.is_some() {
+            config.cid_generator(|| Box::new(PlainIds));
+        }
         let largest = self
             .max_udp_payload_bytes
             .max(self.loopback_udp_payload_bytes)
@@ -150,4 +155,26 @@ fn reset_key(secret: &[u8]) -> ring::hmac::Key {
         ring::hmac::HMAC_SHA256,
         ring::hmac::sign(&label, secret).as_ref(),
     )
+}
+
+/// Connection identifiers without a mark of the process that made them. By the mark in quinn's usual ones a restarted process
+/// takes its predecessor's for noise, and resets nothing.
+struct PlainIds;
+
+impl ConnectionIdGenerator for PlainIds {
+    fn generate_cid(&mut self) -> ConnectionId {
+        let mut id = [0; 8];
+        SystemRandom::new()
+            .fill(&mut id)
+            .expect("the system has randomness: the handshake's keys are made of it");
+        ConnectionId::new(&id)
+    }
+
+    fn cid_len(&self) -> usize {
+        8
+    }
+
+    fn cid_lifetime(&self) -> Option<Duration> {
+        None
+    }
 }

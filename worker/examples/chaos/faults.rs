@@ -34,7 +34,7 @@ pub(crate) enum Fault {
 }
 
 /// One turn of all faults, of which some come more than once.
-const DECK: [Fault; 16] = [
+const DECK: [Fault; 18] = [
     Fault::Worker,
     Fault::Worker,
     Fault::Worker,
@@ -45,6 +45,8 @@ const DECK: [Fault; 16] = [
     Fault::Two,
     Fault::Two,
     Fault::Two,
+    Fault::Two,
+    Fault::WhileHealing,
     Fault::WhileHealing,
     Fault::WhileHealing,
     Fault::Pause,
@@ -108,12 +110,17 @@ impl Chaos {
         }
     }
 
-    /// One fault after the other, until enough processes were killed or the steps run out.
-    pub(crate) fn run(&mut self, job: &mut Job<'_>, lab: &Lab) -> Result<(), AnyError> {
+    /// One fault after the other, until enough processes were killed, the steps run out or it is `last`.
+    pub(crate) fn run(
+        &mut self,
+        job: &mut Job<'_>,
+        lab: &Lab,
+        last: Instant,
+    ) -> Result<(), AnyError> {
         if !job.await_all(Instant::now(), 20, HEALS_WITHIN)? {
             return Err(format!("the job does not get going: {}", job.describe()).into());
         }
-        while self.kills < self.wanted && job.steps_left() >= LAST_STEPS {
+        while self.kills < self.wanted && job.steps_left() >= LAST_STEPS && Instant::now() < last {
             let fault = self.draw();
             self.inflict(fault, job, lab)?;
         }
@@ -127,7 +134,7 @@ impl Chaos {
         job: &mut Job<'_>,
         lab: &Lab,
     ) -> Result<(), AnyError> {
-        let quiet = Duration::from_millis(300 + self.below(1000) as u64);
+        let quiet = Duration::from_millis(300 + self.below(500) as u64);
         job.pump(quiet)?;
         if job.steps_left() > 0 {
             let blow = self.strike(fault, job, lab)?;

@@ -58,6 +58,9 @@ struct Cli {
     /// Stay on loopback, also where there could be network namespaces.
     #[arg(long)]
     loopback: bool,
+    /// Seconds after which no further fault begins.
+    #[arg(long, default_value_t = 1800)]
+    fault_seconds: u64,
     /// Seconds after which each run is given up.
     #[arg(long, default_value_t = 2400)]
     limit_seconds: u64,
@@ -109,7 +112,8 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
     let limit = Duration::from_secs(cli.limit_seconds);
     let mut job = Job::start(&settings, &lab, Instant::now() + limit, Arc::clone(&stop))?;
     let mut chaos = Chaos::new(cli.seed, cli.kills, lab.can_cut());
-    chaos.run(&mut job, &lab)?;
+    let last = Instant::now() + Duration::from_secs(cli.fault_seconds);
+    chaos.run(&mut job, &lab, last)?;
     let end = job.finish()?;
     drop(lab);
     settings.pace_ms = 0;

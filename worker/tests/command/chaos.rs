@@ -47,7 +47,6 @@ fn disturbed(settings: &Settings, lab: &Lab, faults: &[Fault]) -> (End, usize) {
     let stop = Arc::new(AtomicBool::new(false));
     let mut job = Job::start(settings, lab, Instant::now() + LIMIT, stop).unwrap();
     let mut chaos = Chaos::new(settings.seed, 0, lab.can_cut());
-    chaos.run(&mut job, lab).unwrap();
     if !faults.is_empty() {
         assert!(job.await_all(Instant::now(), 20, LIMIT).unwrap());
     }
