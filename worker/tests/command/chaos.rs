@@ -1,6 +1,7 @@
 //! A job that is killed, grown, shrunk and cut off while it trains: the machinery of `make chaos`, with a short schedule.
 
 #[path = "../../examples/chaos/faults.rs"]
+#[allow(dead_code, reason = "a test has its own schedule")]
 mod faults;
 #[path = "../../examples/chaos/job.rs"]
 #[allow(dead_code, reason = "the table is made by the example alone")]
