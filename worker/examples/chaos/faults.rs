@@ -127,6 +127,34 @@ impl Chaos {
         Ok(())
     }
 
+    /// Kills without waiting for anything to heal, one every `pause` on average, as long as two workers take part.
+    pub(crate) fn rain(
+        &mut self,
+        job: &mut Job<'_>,
+        pause: Duration,
+        last: Instant,
+    ) -> Result<(), AnyError> {
+        job.await_all(Instant::now(), 20, HEALS_WITHIN)?;
+        while self.kills < self.wanted && job.steps_left() >= LAST_STEPS && Instant::now() < last {
+            let share = self.below(2000) as u32;
+            job.pump(pause * share / 1000)?;
+            let ready = job.ready();
+            let workers = ready.iter().filter(|index| **index >= job.shards());
+            let spared = workers.count() <= 2;
+            let may = |index: &usize| *index < job.shards() || !spared;
+            let among: Vec<usize> = ready.iter().copied().filter(may).collect();
+            if !among.is_empty() {
+                let target = self.pick(&among);
+                self.kill(job, &[target]);
+                let (step, name) = (job.newest_step(), job.name(target));
+                eprintln!("chaos: step {step}: kill {} [{name}]", self.kills);
+            }
+        }
+        let healed = job.await_all(Instant::now(), OVER_AFTER, HEALS_WITHIN)?;
+        self.unhealed += usize::from(!healed);
+        Ok(())
+    }
+
     /// One fault after some quiet time, and what it cost.
     pub(crate) fn inflict(
         &mut self,

@@ -394,6 +394,13 @@ impl<'a> Job<'a> {
         workers.filter(|index| self.slots[*index].wanted).collect()
     }
 
+    /// Processes that run and are ready: shards that can be dialled, workers that have done a step.
+    pub(crate) fn ready(&self) -> Vec<usize> {
+        let all = 0..self.slots.len();
+        let is_ready = |slot: &Slot| slot.wanted && !slot.ended && slot.ready_at.is_some();
+        all.filter(|index| is_ready(&self.slots[*index])).collect()
+    }
+
     pub(crate) fn shards(&self) -> usize {
         usize::from(self.settings.shards)
     }

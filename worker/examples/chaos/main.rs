@@ -58,6 +58,10 @@ struct Cli {
     /// Stay on loopback, also where there could be network namespaces.
     #[arg(long)]
     loopback: bool,
+    /// Kill a random process every so many seconds on average, whether or not the job has healed, instead of one fault
+    /// after the other; two workers at least are left alone.
+    #[arg(long, value_name = "SECONDS")]
+    every: Option<f64>,
     /// Seconds after which no further fault begins.
     #[arg(long, default_value_t = 1800)]
     fault_seconds: u64,
@@ -113,7 +117,10 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
     let mut job = Job::start(&settings, &lab, Instant::now() + limit, Arc::clone(&stop))?;
     let mut chaos = Chaos::new(cli.seed, cli.kills, lab.can_cut());
     let last = Instant::now() + Duration::from_secs(cli.fault_seconds);
-    chaos.run(&mut job, &lab, last)?;
+    match cli.every {
+        None => chaos.run(&mut job, &lab, last)?,
+        Some(seconds) => chaos.rain(&mut job, Duration::try_from_secs_f64(seconds)?, last)?,
+    }
     let end = job.finish()?;
     drop(lab);
     settings.pace_ms = 0;
