@@ -97,6 +97,11 @@ bench-loss: ## losses by compressor, feedback, optimizer, density and wire type 
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
 	  --validate-every 100 --rates 0.0005,0.001,0.002 --cells $(LONG_CELLS) $(ARGS)
 
+.PHONY: chaos
+chaos: ## a job whose processes are killed, stopped and cut off while it trains: stalls and loss (root for namespaces; ARGS='--kills 100')
+	$(CARGO) build --quiet --locked -p arc-topk-worker --bin arc-worker --example chaos
+	$(TARGET_DIR)/debug/examples/chaos $(ARGS)
+
 .PHONY: clean-tools
 clean-tools:
 	rm -rf '$(TOOLS)'

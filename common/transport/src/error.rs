@@ -262,9 +262,7 @@ pub enum TransportError {
         peer: String,
     },
     /// The peer's process restarted.
-    #[error(
-        "{peer} no longer knows this connection: it was restarted; restart the job from the last checkpoint"
-    )]
+    #[error("{peer} no longer knows this connection: its process was started again")]
     Reset {
         /// Peer.
         peer: String,

@@ -1,8 +1,10 @@
 //! The binary as people use it: help, bad input, and whole jobs of real processes.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+mod chaos;
 mod faults;
 mod jobs;
+mod restart;
 mod usage;
 
 use serde_json::Value;
