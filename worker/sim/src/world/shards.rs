@@ -15,6 +15,9 @@ use std::rc::Rc;
 /// Deadlines that may pass in a row without the machine moving its next one.
 const MOST_IDLE_TICKS: u32 = 100;
 
+/// A restarted shard 0 begins no job before its predecessor's members have noticed: their connections are silent for 3 s.
+const START_GRACE: Duration = Duration::from_secs(4);
+
 /// What a shard's shell knows of a connection.
 #[derive(Debug)]
 struct Session {
@@ -63,6 +66,11 @@ impl World<'_> {
             quorum: case.quorum,
             straggler_timeout: case.straggler_timeout,
             resync: case.resync,
+            start_grace: if generation == 0 {
+                Duration::ZERO
+            } else {
+                START_GRACE
+            },
             ..ShardConfig::new("sim", ShardId(shard as u16), case.shards, case.world)
         };
         self.checker.shard_started(shard);
