@@ -9,6 +9,7 @@ mod workers;
 use crate::case::Case;
 use crate::check::{Checker, LifeId, Violation, broken};
 use crate::coverage::Coverage;
+use crate::estimates::Estimates;
 use crate::random::Random;
 use crate::sabotage::Sabotage;
 use crate::trace::Trace;
@@ -136,6 +137,7 @@ pub struct World<'a> {
     connections: Vec<Connection>,
     links: BTreeMap<(usize, usize), Link>,
     checker: Checker,
+    estimates: Estimates,
     coverage: Coverage,
     /// Answers that shards have sent: some faults wait for a number of them.
     answers: u64,
@@ -188,6 +190,7 @@ impl<'a> World<'a> {
             connections: Vec::new(),
             links: BTreeMap::new(),
             checker: Checker::new(&case.plan, case.faults.is_empty() && case.quorum == 0),
+            estimates: Estimates::default(),
             coverage: Coverage::default(),
             answers: 0,
             spoiled: spoil::Spoiled::new(),

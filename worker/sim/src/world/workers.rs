@@ -3,16 +3,17 @@
 use super::shards::{decoded, frame, short};
 use super::{Happening, Place, World};
 use crate::check::{Answer, FrameKey, LifeId, Violation, broken};
+use crate::estimates::Answers;
 use crate::trainer::{Books, Model, Replica};
 use crate::wires::{Clock, ConnectionId, End, Packet, Stream};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Rank, RunId, ShardId, Step, TensorId};
-use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Welcome};
+use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, Welcome};
 use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::member::{Input, Member, MemberConfig, Output};
 use arc_topk_worker::reducer::ReduceError;
-use arc_topk_worker::step::{Outgoing, StepMachine, WorkerState};
+use arc_topk_worker::step::{Outgoing, StepMachine, StepOutcome, WorkerState};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, VecDeque};
@@ -803,7 +804,9 @@ impl World<'_> {
             .answers
             .iter()
             .map(|(key, (_, answer))| (*key, answer.clone()));
-        self.checker.committed(life, step, &answers.collect())?;
+        let answers = answers.collect();
+        self.checker.committed(life, step, &answers)?;
+        self.check_estimates(worker, &outcome, &answers)?;
         self.progressed(step);
         self.report(worker)?;
         self.donate(worker)?;
@@ -815,6 +818,38 @@ impl World<'_> {
             Happening::Begin { life, worker },
         );
         Ok(())
+    }
+
+    /// What ef21 keeps, after a step that was not skipped.
+    fn check_estimates(
+        &mut self,
+        worker: usize,
+        outcome: &StepOutcome,
+        answers: &Answers,
+    ) -> Result<(), Violation> {
+        let case = self.case;
+        let process = &self.workers[worker];
+        let (Some(member), false) = (&process.member, outcome.skipped) else {
+            return Ok(());
+        };
+        if !case.plan.spec.algorithm.keeps_estimates() {
+            return Ok(());
+        }
+        if answers.keys().any(|key| key.2 == FrameKind::Restore.into()) {
+            self.coverage.count("steps that made H anew");
+        }
+        let rank = member.place().rank;
+        let after = Step(outcome.step.0 + 1);
+        let chain = self.checker.chain(process.life, after);
+        self.estimates
+            .check(case, rank, outcome, chain, &member.export_state(), answers)
+            .or_else(|detail| {
+                let step = outcome.step;
+                broken(
+                    "I2 H is the mean of h",
+                    format!("rank {rank} after step {step}: {detail}"),
+                )
+            })
     }
 
     /// The digest of the parameters goes to shard 0.
