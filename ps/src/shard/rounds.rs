@@ -344,7 +344,9 @@ impl Rounds {
             Some(round) if self.plan.spec.algorithm.keeps_estimates() => round.update,
             _ => return nobody,
         };
-        let steps = (0..step.0).rev().map(|step| self.closed.get(&(Step(step), bucket)));
+        let steps = (0..step.0)
+            .rev()
+            .map(|step| self.closed.get(&(Step(step), bucket)));
         let mut updates = steps.map_while(|closed| closed).peekable();
         if update == 0 || updates.peek().is_none() {
             // The job begins here, with H and all h alike.

@@ -45,8 +45,8 @@ impl Estimates {
                 let last = last_answer(&shape, answers)
                     .ok_or_else(|| "a round has no last answer".to_owned())?;
                 let roster = last.roster().map_err(|broken| broken.detail)?;
-                let [h, global] = ["local", "global"]
-                    .map(|array| segments(case, state, array, &shape.sparse));
+                let [h, global] =
+                    ["local", "global"].map(|array| segments(case, state, array, &shape.sparse));
                 let at = format!("bucket {}, shard {shard}", bucket.id);
                 if !roster.contains(&rank) {
                     if h != global {
@@ -83,7 +83,11 @@ fn segments(case: &Case, state: &WorkerState, array: &str, of: &[SegmentShape]) 
         let rows = segment.segment.row_start as usize..segment.segment.row_end as usize;
         let values = state.arrays.iter().find(|(other, _)| *other == name);
         let range = rows.start * segment.width..rows.end * segment.width;
-        found.extend(values.into_iter().flat_map(|(_, values)| &values[range.clone()]));
+        found.extend(
+            values
+                .into_iter()
+                .flat_map(|(_, values)| &values[range.clone()]),
+        );
     }
     found
 }

@@ -186,6 +186,38 @@ fn under_ef21_a_lost_worker_leaves_its_part_of_h_behind_and_h_is_made_anew() {
 }
 
 #[test]
+fn under_ef21_a_step_that_all_skipped_changes_nothing_of_whose_h_is_in_h() {
+    let mut bench = ef21();
+    bench.lose(2);
+    // A round of the other bucket, or of another shard, made all skip this step: the next is of the same update. In this
+    // round it was not even noticed that rank 2 was lost, for it is not in the answer that was made and thrown away.
+    second_step(&mut bench, &[0, 1]);
+    for session in [0, 1] {
+        bench.send(session, 1, FrameKind::Estimates, vec![0; 4 * 17]);
+    }
+    assert_eq!(bench.shard.status(bench.now).step, Step(2));
+    let again = |bench: &mut Bench, step, kind, bytes| {
+        let frames = [0, 1].map(|session| {
+            let header = FrameHeader {
+                update: 1,
+                ..header(kind, step, bytes)
+            };
+            bench.frame(session, header, vec![0; bytes])
+        });
+        answers(&frames[1])[0].1.kind
+    };
+    let sketch = bench.shape(1).sketch_layout().bytes;
+    assert_eq!(
+        again(&mut bench, 2, FrameKind::Sketch, sketch),
+        FrameKind::Selection
+    );
+    assert_eq!(
+        again(&mut bench, 2, FrameKind::Values, 28),
+        FrameKind::Restore
+    );
+}
+
+#[test]
 fn under_ef21_leaving_is_no_end_either() {
     let mut bench = ef21();
     for session in 0..3 {

@@ -1,9 +1,11 @@
 //! A job in virtual time: processes, their connections, and everything that happens to them, in the order of a queue.
 
 mod faults;
+mod joining;
 mod links;
 mod shards;
 mod spoil;
+mod training;
 mod workers;
 
 use crate::case::Case;
