@@ -272,7 +272,7 @@ impl Round {
         if !self.phase.is_full(now, live, rules) {
             return None;
         }
-        self.phase.fold_ready(&self.shape, &BTreeSet::new());
+        self.phase.fold_all(&self.shape);
         let restores = self.restores(before);
         let next = if restores {
             self.estimates_phase()

@@ -268,15 +268,14 @@ impl World<'_> {
             let steps = self.case.compute.end * 20 * self.case.steps as u32;
             if self.now > healed + SETTLE + steps {
                 let training = self.workers.iter().filter(|worker| worker.is_training());
-                if training.count() < usize::from(self.case.min_workers) {
-                    // Rounds wait for more contributions, and who could bring them waits for a step's end.
-                    self.coverage.count("stuck below min_workers");
-                    self.finished = true;
-                    return Ok(());
-                }
+                let few = training.count() < usize::from(self.case.min_workers);
                 return broken(
                     "I4 the job ends",
-                    format!("not done {SETTLE:?} after the last fault: {}", self.state()),
+                    format!(
+                        "not done {SETTLE:?} after the last fault{}: {}",
+                        if few { ", with too few workers" } else { "" },
+                        self.state()
+                    ),
                 );
             }
         }

@@ -18,6 +18,9 @@ const MOST_IDLE_TICKS: u32 = 100;
 /// A restarted shard 0 begins no job before its predecessor's members have noticed: their connections are silent for 3 s.
 const START_GRACE: Duration = Duration::from_secs(4);
 
+/// Steps of which there may be rounds while a shard does not know where the job is.
+const MOST_STEPS_TOLD: usize = 16;
+
 /// What a shard's shell knows of a connection.
 #[derive(Debug)]
 struct Session {
@@ -519,10 +522,16 @@ impl World<'_> {
 
     /// Nothing grows without bound.
     fn within_bounds(&self, shard: usize) -> Result<(), Violation> {
-        let load = self.shards[shard].machine.load();
-        let buckets = self.case.plan.buckets.len();
-        // A job's end takes a step's rounds with it; two steps are open at once.
-        if load.open_rounds > 2 * buckets + buckets {
+        let machine = &self.shards[shard].machine;
+        let load = machine.load();
+        // A job's end takes a step's rounds with it; two steps are open at once. While a shard is told where the job is,
+        // each worker tells of its own step and those before.
+        let steps = if machine.is_running() {
+            3
+        } else {
+            MOST_STEPS_TOLD
+        };
+        if load.open_rounds > steps * self.case.plan.buckets.len() {
             return broken(
                 "bounds",
                 format!("shard {shard} has {} open rounds", load.open_rounds),
