@@ -411,9 +411,12 @@ impl World<'_> {
             self.checker.same_way(*life)?;
         }
         let runs: std::collections::BTreeSet<_> = lives.iter().map(|(_, run, _)| *run).collect();
-        // A fresh coordinator that new workers fill before an old one is back starts the job anew; see ARCHITECTURE.
         if runs.len() > 1 {
-            self.coverage.count("two starts of the job at the end");
+            let names: Vec<String> = lives.iter().map(|(life, ..)| self.name(*life)).collect();
+            return broken(
+                "P one start of the job",
+                format!("{} are in different starts of it", names.join(", ")),
+            );
         }
         Ok(())
     }

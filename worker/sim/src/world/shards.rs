@@ -515,6 +515,10 @@ impl World<'_> {
             _ => return,
         };
         self.coverage.count(what);
+        if *observation == Observation::Emptied {
+            // It knows as little of the job as a new process, and is told in the same way if somebody comes back.
+            self.checker.shard_started(shard);
+        }
         if !matches!(observation, Observation::RoundClosed(_)) {
             self.note(format_args!("shard {shard}: {observation:?}"));
         }
