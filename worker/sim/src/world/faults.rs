@@ -173,6 +173,9 @@ impl World<'_> {
         };
         let until = self.now + time;
         self.lasts(time);
+        if ways.0 != ways.1 {
+            self.one_way_until = self.one_way_until.max(until);
+        }
         let shards = match shard {
             Some(shard) => {
                 let shard = shard as usize % self.shards.len();
@@ -346,7 +349,7 @@ impl World<'_> {
         let ended = self.ends.iter().filter(|end| **end <= self.now).max();
         let ended = ended.copied().unwrap_or_default();
         // What is cut off in one direction only is noticed by one end after the other.
-        let one_way = Duration::from_secs(if self.faults_until > self.now { 4 } else { 0 });
+        let one_way = Duration::from_secs(if self.one_way_until > self.now { 4 } else { 0 });
         let slack = slack + one_way;
         let since = self
             .calm_since

@@ -150,6 +150,8 @@ pub struct World<'a> {
     disturbed_until: Duration,
     /// Some fault is about until then, but the job must go on.
     faults_until: Duration,
+    /// Something passes in one direction only until then.
+    one_way_until: Duration,
     /// When such faults end.
     ends: Vec<Duration>,
     /// The job last moved.
@@ -199,6 +201,7 @@ impl<'a> World<'a> {
             waiting: VecDeque::new(),
             disturbed_until: Duration::from_secs(2),
             faults_until: Duration::ZERO,
+            one_way_until: Duration::ZERO,
             ends: Vec::new(),
             moved: Duration::ZERO,
             healed: None,
