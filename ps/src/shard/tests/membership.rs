@@ -134,6 +134,26 @@ fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
     assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
 }
 
+#[test]
+fn one_that_waits_for_an_answer_is_told_when_the_others_have_left() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(2)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let bytes = bench.shape(0).dense_layout().bytes;
+    bench.send(1, 0, FrameKind::Dense, vec![0; bytes]);
+    let actions = bench.handle(Event::Leave {
+        session: SessionId(0),
+    });
+    let refused = refusals(&actions);
+    assert_eq!(
+        (refused[0].0, refused[0].1),
+        (1, RefusalCode::TooFewWorkers)
+    );
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
 /// Three workers under ef21, whose H is the mean of the h of all; the first round, a dense one, is closed.
 fn ef21() -> Bench {
     let algorithm = AlgorithmConfig {
