@@ -23,7 +23,8 @@ pub struct ShardConfig {
     pub incarnation: u64,
     /// Workers that make the job complete.
     pub world: u16,
-    /// Rounds of shard 0 wait while fewer contribute, and fewer members end the job; those that are about to join count.
+    /// Rounds of shard 0 wait while fewer take part in them, and fewer members end the job; those that are about to join
+    /// count.
     pub min_workers: u16,
     /// Workers that may be connected at once, those that join later included.
     pub max_workers: u16,

@@ -186,6 +186,14 @@ impl Shard {
         }
     }
 
+    /// Workers that leave in order end no job, but one that waits for an answer would wait for ever.
+    pub(super) fn end_if_too_few(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let waits = |job: &Job| job.rounds.open().next().is_some();
+        if self.lacks_members() && self.job.as_ref().is_some_and(waits) {
+            self.too_few(now, "the others left", out);
+        }
+    }
+
     /// Ends the job because fewer than the minimum are left.
     pub(super) fn too_few(&mut self, now: Duration, cause: &str, out: &mut Vec<Action>) {
         let left = self.job.as_ref().map_or(0, |job| job.members.count());

@@ -298,6 +298,7 @@ impl Shard {
         self.start_after_grace(now, out);
         self.attend_applicants(now, out);
         self.attend_successors(now, out);
+        self.end_if_too_few(now, out);
         if all_rounds || self.deadline.is_some_and(|deadline| deadline <= now) {
             self.advance_all(now, out);
         }

@@ -88,8 +88,10 @@ impl Phase {
         }
         let came = |rank: &Rank| self.arrived.contains_key(rank) || self.absent.contains_key(rank);
         if live.iter().all(came) {
-            // With nobody's contribution there is nothing to average, and all skip.
-            return self.arrived.len() >= usize::from(rules.min_workers) || self.arrived.is_empty();
+            // With nobody's contribution there is nothing to average, and all skip. One that only takes the answer is a
+            // member that is there, and will not contribute to this phase any more, however long the others wait.
+            let there = self.arrived.len() + self.absent.len();
+            return there >= usize::from(rules.min_workers) || self.arrived.is_empty();
         }
         let quorum = usize::from(rules.quorum).min(live.len());
         let enough = quorum > 0 && self.arrived.len() >= quorum.max(usize::from(rules.min_workers));
@@ -103,6 +105,19 @@ impl Phase {
 
     /// Folds every parked body that no live, still missing rank precedes.
     pub(super) fn fold_ready(&mut self, shape: &RoundShape, live: &BTreeSet<Rank>) {
+        if live.is_empty() {
+            // Nothing can close, so nobody's turn is over: whoever comes before it can is in the sum.
+            return;
+        }
+        self.fold(shape, live);
+    }
+
+    /// Folds every parked body, in rank order.
+    pub(super) fn fold_all(&mut self, shape: &RoundShape) {
+        self.fold(shape, &BTreeSet::new());
+    }
+
+    fn fold(&mut self, shape: &RoundShape, live: &BTreeSet<Rank>) {
         let first_missing = live.iter().find(|rank| !self.arrived.contains_key(rank));
         while let Some(entry) = self.parked.first_entry() {
             if first_missing.is_some_and(|missing| missing < entry.key()) {

@@ -261,18 +261,18 @@ impl Round {
     }
 
     /// The answer, once it is due; the round then stands in its next phase. To be called again after a member was lost
-    /// and when time went by. `before`: contributors of the bucket's last round.
+    /// and when time went by. `before`: whose h make H (ef21); `None`: that is not known.
     pub(crate) fn advance(
         &mut self,
         now: Duration,
         live: &BTreeSet<Rank>,
         rules: &ClosingRules,
-        before: &BTreeSet<Rank>,
+        before: Option<&BTreeSet<Rank>>,
     ) -> Option<Answer> {
         if !self.phase.is_full(now, live, rules) {
             return None;
         }
-        self.phase.fold_ready(&self.shape, &BTreeSet::new());
+        self.phase.fold_all(&self.shape);
         let restores = self.restores(before);
         let next = if restores {
             self.estimates_phase()
@@ -308,16 +308,15 @@ impl Round {
     }
 
     /// ef21: whether the phase would change H by the mean of some only of those whose h it is the mean of.
-    fn restores(&self, before: &BTreeSet<Rank>) -> bool {
+    fn restores(&self, before: Option<&BTreeSet<Rank>>) -> bool {
         let up = self.phase.up;
+        let is_here = |rank: &Rank| self.phase.arrived.contains_key(rank);
         self.shape.changes_estimates
             && up != FrameKind::Estimates
             && !answer_kind(up).goes_on()
             && !self.phase.non_finite
             && !self.phase.arrived.is_empty()
-            && !before
-                .iter()
-                .all(|rank| self.phase.arrived.contains_key(rank))
+            && !before.is_some_and(|before| before.iter().all(is_here))
     }
 
     /// The phase that gathers what H is made of.

@@ -333,22 +333,30 @@ impl Rounds {
     ) -> Option<Due> {
         let before = self.contributors_before(key);
         let round = self.open.get_mut(&key)?;
-        let answer = round.advance(now, live, rules, &before)?;
+        let answer = round.advance(now, live, rules, before.as_ref())?;
         Some(self.answered(now, key, answer))
     }
 
-    /// Whose contributions the bucket's last round held; nobody's, if it is not known or does not matter.
-    fn contributors_before(&self, (step, bucket): Key) -> BTreeSet<Rank> {
-        if !self.plan.spec.algorithm.keeps_estimates() {
-            return BTreeSet::new();
+    /// Whose h the bucket's H is the mean of: those whom its last update counted. `None`: that is not known any more.
+    fn contributors_before(&self, (step, bucket): Key) -> Option<BTreeSet<Rank>> {
+        let nobody = Some(BTreeSet::new());
+        let update = match self.open.get(&(step, bucket)) {
+            Some(round) if self.plan.spec.algorithm.keeps_estimates() => round.update,
+            _ => return nobody,
+        };
+        let steps = (0..step.0)
+            .rev()
+            .map(|step| self.closed.get(&(Step(step), bucket)));
+        let mut updates = steps.map_while(|closed| closed).peekable();
+        if update == 0 || updates.peek().is_none() {
+            // The job begins here, with H and all h alike.
+            return nobody;
         }
-        let steps = (step.0.saturating_sub(RETAIN_STEPS)..step.0).rev();
-        let closed = steps.filter_map(|step| self.closed.get(&(Step(step), bucket)));
-        let mut rosters = closed.filter_map(|closed| closed.answers.last());
-        // A skipped round has changed nothing.
-        rosters
-            .find(|answer| !answer.non_finite)
-            .map_or_else(BTreeSet::new, |answer| answer.contributors.clone())
+        // Whatever a step was answered, it has changed nothing if some round of it made all skip: then the next one is
+        // another attempt at the same update.
+        let last = updates.find(|closed| closed.update < update)?;
+        let answer = last.answers.last().filter(|answer| !answer.non_finite)?;
+        Some(answer.contributors.clone())
     }
 
     fn answered(&mut self, now: Duration, key: Key, answer: Answer) -> Due {

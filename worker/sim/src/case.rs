@@ -2,7 +2,7 @@
 
 use crate::random::Random;
 use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::config::algorithm::{Compressor, Feedback, SelectionPolicy, ValueType};
+use arc_topk_common::config::algorithm::{Compressor, Feedback, Init, SelectionPolicy, ValueType};
 use arc_topk_common::optim::{OptimizerConfig, OptimizerKind};
 use arc_topk_common::plan::{DType, Plan, PlanSpec, TensorSpec};
 use core::time::Duration;
@@ -181,9 +181,14 @@ impl Case {
         let exact = random.chance(500);
         let shards = random.within(1..4) as u16;
         let world = random.within(2..6) as u16;
+        let algorithm = with_estimates(
+            algorithm(&mut random, exact),
+            &mut Random::new(seed, "estimates"),
+        );
+        let keeps_estimates = algorithm.keeps_estimates();
         let spec = PlanSpec {
             trainer: String::new(),
-            algorithm: algorithm(&mut random, exact),
+            algorithm,
             shards,
             tensors: tensors(&mut random),
         };
@@ -210,7 +215,8 @@ impl Case {
             world,
             min_workers: if random.chance(800) { 1 } else { 2 },
             max_workers: world + random.within(0..3) as u16,
-            quorum,
+            // Shards refuse the two together.
+            quorum: if keeps_estimates { 0 } else { quorum },
             straggler_timeout: ms(random.within(100..1500)),
             resync: random.chance(300),
             steps,
@@ -287,6 +293,21 @@ fn algorithm(random: &mut Random, exact: bool) -> AlgorithmConfig {
         seed: random.bits(),
         bucket_bytes: 1024,
         ..AlgorithmConfig::default()
+    }
+}
+
+/// A part of the jobs keeps ef21's estimates. They need wires that round no mean.
+fn with_estimates(algorithm: AlgorithmConfig, random: &mut Random) -> AlgorithmConfig {
+    if algorithm.compressor == Compressor::Dense || !random.chance(250) {
+        return algorithm;
+    }
+    AlgorithmConfig {
+        feedback: random.pick(&[Feedback::Ef21, Feedback::Ef21m]),
+        init: random.pick(&[Init::FirstGradient, Init::Zeros]),
+        wire_down: ValueType::F32,
+        wire_dense: ValueType::F32,
+        wire_warmup: ValueType::F32,
+        ..algorithm
     }
 }
 

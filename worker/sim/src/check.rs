@@ -371,13 +371,13 @@ impl Checker {
         answer: &Answer,
         roster: &BTreeSet<Rank>,
     ) -> Result<(), String> {
-        let up = up_kind(header.kind);
+        let shape = self.shape(shard, header);
+        let up = up_kind(header.kind, &shape);
         let none = BTreeMap::new();
         let sent = incarnation
             .contributions
             .get(&(header.step, header.bucket, up.into()))
             .unwrap_or(&none);
-        let shape = self.shape(shard, header);
         let policy = self.plan.spec.algorithm.selection;
         if answer.non_finite {
             return check_skip(
@@ -405,6 +405,13 @@ impl Checker {
             return Err(format!(
                 "rank {rank} contributed in time, but the roster is {roster:?}"
             ));
+        }
+        if header.kind == FrameKind::Restore {
+            return if answer.payload().is_empty() {
+                Ok(())
+            } else {
+                Err("H is to be made anew, and yet something came with it".to_owned())
+            };
         }
         let matches = self
             .selections(incarnation, shard, header)
@@ -436,7 +443,8 @@ impl Checker {
         members: usize,
     ) -> Option<Vec<u8>> {
         let incarnation = self.shards[shard].get(&self.lives.get(&life)?.run)?;
-        let up = up_kind(header.kind);
+        let shape = self.shape(shard, header);
+        let up = up_kind(header.kind, &shape);
         let key: AnswerKey = (header.step, header.bucket, up.into());
         let sent = incarnation.contributions.get(&key)?;
         let arrivals = incarnation.arrivals.get(&key)?;
@@ -465,7 +473,6 @@ impl Checker {
                     .map(|_| zeros.clone()),
             );
         }
-        let shape = self.shape(shard, header);
         let policy = self.plan.spec.algorithm.selection;
         let chosen = self.selections(incarnation, shard, header).pop().flatten();
         fits(&shape, up, chosen.as_deref(), &contributions)
@@ -613,8 +620,13 @@ fn describe(answer: &Answer) -> String {
 }
 
 /// The frame that an answer answers.
-fn up_kind(down: FrameKind) -> FrameKind {
+fn up_kind(down: FrameKind, shape: &RoundShape) -> FrameKind {
     match down {
+        FrameKind::EstimatesMean => FrameKind::Estimates,
+        FrameKind::Restore => shape
+            .phases()
+            .last()
+            .map_or(FrameKind::Values, |phase| phase.up),
         FrameKind::Selection => FrameKind::Sketch,
         FrameKind::Mean => FrameKind::Values,
         FrameKind::SparseMean => FrameKind::Sparse,
@@ -656,7 +668,7 @@ fn fits(
 ) -> bool {
     let bytes = match up {
         FrameKind::Sketch => shape.sketch_layout().bytes,
-        FrameKind::Dense => shape.dense_layout().bytes,
+        FrameKind::Dense | FrameKind::Estimates => shape.dense_layout().bytes,
         FrameKind::Values => {
             let kept =
                 chosen.map_or_else(|| shape.keep(), |rows| rows.iter().map(Vec::len).collect());

@@ -12,7 +12,7 @@
 //! | [`world`] | processes and events |
 //! | [`wires`] | connections and clocks |
 //! | [`trainer`] | the model, and the books of the feedback rule |
-//! | [`check`], [`reference`] | invariants |
+//! | [`check`], [`reference`], `books`, `estimates` | invariants |
 //! | [`sabotage`] | bugs on purpose |
 //! | [`coverage`], [`trace`] | what was seen |
 
@@ -20,6 +20,7 @@ mod books;
 pub mod case;
 pub mod check;
 pub mod coverage;
+mod estimates;
 pub mod random;
 pub mod reference;
 pub mod sabotage;

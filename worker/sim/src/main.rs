@@ -8,7 +8,10 @@ use clap::Parser;
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::time::Instant;
+use std::time::{Duration, Instant};
+
+/// How often a long run says how far it is.
+const SAY_EVERY: Duration = Duration::from_secs(10);
 
 /// Simulates jobs with faults, one per seed, and checks after every event that nothing is lost, counted twice or different
 /// between workers.
@@ -27,6 +30,9 @@ struct Arguments {
     /// Threads; 0: one per core.
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    /// Begins no further seed after so many seconds; 0: runs them all.
+    #[arg(long, default_value_t = 0, conflicts_with = "seed")]
+    seconds: u64,
     /// Goes on after a seed that fails.
     #[arg(long)]
     keep_going: bool,
@@ -82,6 +88,8 @@ fn run_all(arguments: &Arguments) -> (Coverage, Vec<Outcome>) {
     };
     let next = AtomicU64::new(arguments.seeds.0);
     let stop = AtomicBool::new(false);
+    let start = Instant::now();
+    let said = Mutex::new(start);
     let total = Mutex::new((Coverage::default(), Vec::new()));
     let work = || {
         while !stop.load(Ordering::Relaxed) {
@@ -98,10 +106,12 @@ fn run_all(arguments: &Arguments) -> (Coverage, Vec<Outcome>) {
             total.0 += &outcome.coverage;
             if failed {
                 total.1.push(outcome);
-                if !arguments.keep_going {
-                    stop.store(true, Ordering::Relaxed);
-                }
             }
+            let late = arguments.seconds > 0 && start.elapsed().as_secs() >= arguments.seconds;
+            if late || failed && !arguments.keep_going {
+                stop.store(true, Ordering::Relaxed);
+            }
+            say_how_far(&said, seed, &total.0, total.1.len());
         }
     };
     std::thread::scope(|scope| {
@@ -112,6 +122,16 @@ fn run_all(arguments: &Arguments) -> (Coverage, Vec<Outcome>) {
     total
         .into_inner()
         .expect("no thread panics while it adds up")
+}
+
+/// A line now and then, for whoever waits.
+fn say_how_far(said: &Mutex<Instant>, seed: u64, coverage: &Coverage, failed: usize) {
+    let mut said = said.lock().expect("no thread panics while it says so");
+    if said.elapsed() >= SAY_EVERY {
+        *said = Instant::now();
+        let (seeds, steps) = (coverage.of("seeds"), coverage.of("steps applied"));
+        eprintln!("at seed {seed}: {seeds} seeds, {steps} steps applied, {failed} seeds failed");
+    }
 }
 
 /// Kernels are parallel; seeds are what is run side by side here.
@@ -142,7 +162,8 @@ fn line(outcome: &Outcome) -> String {
 }
 
 fn report(failed: &[Outcome], arguments: &Arguments) -> ExitCode {
-    let Some(first) = failed.iter().find(|outcome| outcome.violation.is_some()) else {
+    let broken = failed.iter().filter(|outcome| outcome.violation.is_some());
+    let Some(first) = broken.min_by_key(|outcome| outcome.seed) else {
         return ExitCode::SUCCESS;
     };
     let violation = first.violation.as_ref().expect("found by it");

@@ -428,3 +428,33 @@ fn relayed_news_makes_rounds_go_on() {
     };
     assert_eq!(roster(&bench.control(0, removed)), [0]);
 }
+
+#[test]
+fn while_all_are_cut_off_nobody_misses_its_turn() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(3)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    for session in 0..3 {
+        bench.control(session, Control::Away);
+    }
+    for session in [2, 0, 1] {
+        assert_eq!(answers(&dense(&mut bench, session, 0)), []);
+    }
+    let actions = bench.control(1, Control::Ready { step: Step(0) });
+    assert_eq!(roster(&actions), [0, 1, 2]);
+}
+
+#[test]
+fn one_that_only_takes_the_answer_is_no_worker_too_few() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(2)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    bench.ask(0, 0, FrameKind::Dense);
+    let actions = dense(&mut bench, 1, 0);
+    assert_eq!(roster(&actions), [1], "rank 0 will not contribute any more");
+    assert_eq!(answers(&actions).len(), 2);
+}

@@ -134,6 +134,26 @@ fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
     assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
 }
 
+#[test]
+fn one_that_waits_for_an_answer_is_told_when_the_others_have_left() {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(2)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let bytes = bench.shape(0).dense_layout().bytes;
+    bench.send(1, 0, FrameKind::Dense, vec![0; bytes]);
+    let actions = bench.handle(Event::Leave {
+        session: SessionId(0),
+    });
+    let refused = refusals(&actions);
+    assert_eq!(
+        (refused[0].0, refused[0].1),
+        (1, RefusalCode::TooFewWorkers)
+    );
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
 /// Three workers under ef21, whose H is the mean of the h of all; the first round, a dense one, is closed.
 fn ef21() -> Bench {
     let algorithm = AlgorithmConfig {
@@ -183,6 +203,38 @@ fn under_ef21_a_lost_worker_leaves_its_part_of_h_behind_and_h_is_made_anew() {
     assert_eq!(decode(&answer.2), [3.0; 17]);
     assert_eq!(roster(&actions), [0, 1]);
     assert_eq!(bench.shard.status(bench.now).step, Step(2));
+}
+
+#[test]
+fn under_ef21_a_step_that_all_skipped_changes_nothing_of_whose_h_is_in_h() {
+    let mut bench = ef21();
+    bench.lose(2);
+    // A round of the other bucket, or of another shard, made all skip this step: the next is of the same update. In this
+    // round it was not even noticed that rank 2 was lost, for it is not in the answer that was made and thrown away.
+    second_step(&mut bench, &[0, 1]);
+    for session in [0, 1] {
+        bench.send(session, 1, FrameKind::Estimates, vec![0; 4 * 17]);
+    }
+    assert_eq!(bench.shard.status(bench.now).step, Step(2));
+    let again = |bench: &mut Bench, step, kind, bytes| {
+        let frames = [0, 1].map(|session| {
+            let header = FrameHeader {
+                update: 1,
+                ..header(kind, step, bytes)
+            };
+            bench.frame(session, header, vec![0; bytes])
+        });
+        answers(&frames[1])[0].1.kind
+    };
+    let sketch = bench.shape(1).sketch_layout().bytes;
+    assert_eq!(
+        again(&mut bench, 2, FrameKind::Sketch, sketch),
+        FrameKind::Selection
+    );
+    assert_eq!(
+        again(&mut bench, 2, FrameKind::Values, 28),
+        FrameKind::Restore
+    );
 }
 
 #[test]

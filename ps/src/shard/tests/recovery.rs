@@ -292,7 +292,7 @@ fn whoever_is_behind_what_anybody_holds_cannot_follow() {
         [(
             10,
             RefusalCode::Superseded,
-            "rank 0 asks for answers of steps before 4, which nobody holds any more: join again"
+            "rank 0 is at a step before 4 of which nobody else holds the answers any more: join again"
                 .to_owned()
         )]
     );

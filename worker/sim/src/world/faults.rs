@@ -173,6 +173,9 @@ impl World<'_> {
         };
         let until = self.now + time;
         self.lasts(time);
+        if ways.0 != ways.1 {
+            self.one_way_until = self.one_way_until.max(until);
+        }
         let shards = match shard {
             Some(shard) => {
                 let shard = shard as usize % self.shards.len();
@@ -268,15 +271,14 @@ impl World<'_> {
             let steps = self.case.compute.end * 20 * self.case.steps as u32;
             if self.now > healed + SETTLE + steps {
                 let training = self.workers.iter().filter(|worker| worker.is_training());
-                if training.count() < usize::from(self.case.min_workers) {
-                    // Rounds wait for more contributions, and who could bring them waits for a step's end.
-                    self.coverage.count("stuck below min_workers");
-                    self.finished = true;
-                    return Ok(());
-                }
+                let few = training.count() < usize::from(self.case.min_workers);
                 return broken(
                     "I4 the job ends",
-                    format!("not done {SETTLE:?} after the last fault: {}", self.state()),
+                    format!(
+                        "not done {SETTLE:?} after the last fault{}: {}",
+                        if few { ", with too few workers" } else { "" },
+                        self.state()
+                    ),
                 );
             }
         }
@@ -347,7 +349,7 @@ impl World<'_> {
         let ended = self.ends.iter().filter(|end| **end <= self.now).max();
         let ended = ended.copied().unwrap_or_default();
         // What is cut off in one direction only is noticed by one end after the other.
-        let one_way = Duration::from_secs(if self.faults_until > self.now { 4 } else { 0 });
+        let one_way = Duration::from_secs(if self.one_way_until > self.now { 4 } else { 0 });
         let slack = slack + one_way;
         let since = self
             .calm_since
@@ -412,9 +414,12 @@ impl World<'_> {
             self.checker.same_way(*life)?;
         }
         let runs: std::collections::BTreeSet<_> = lives.iter().map(|(_, run, _)| *run).collect();
-        // A fresh coordinator that new workers fill before an old one is back starts the job anew; see ARCHITECTURE.
         if runs.len() > 1 {
-            self.coverage.count("two starts of the job at the end");
+            let names: Vec<String> = lives.iter().map(|(life, ..)| self.name(*life)).collect();
+            return broken(
+                "P one start of the job",
+                format!("{} are in different starts of it", names.join(", ")),
+            );
         }
         Ok(())
     }

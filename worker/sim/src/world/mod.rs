@@ -1,14 +1,17 @@
 //! A job in virtual time: processes, their connections, and everything that happens to them, in the order of a queue.
 
 mod faults;
+mod joining;
 mod links;
 mod shards;
 mod spoil;
+mod training;
 mod workers;
 
 use crate::case::Case;
 use crate::check::{Checker, LifeId, Violation, broken};
 use crate::coverage::Coverage;
+use crate::estimates::Estimates;
 use crate::random::Random;
 use crate::sabotage::Sabotage;
 use crate::trace::Trace;
@@ -136,6 +139,7 @@ pub struct World<'a> {
     connections: Vec<Connection>,
     links: BTreeMap<(usize, usize), Link>,
     checker: Checker,
+    estimates: Estimates,
     coverage: Coverage,
     /// Answers that shards have sent: some faults wait for a number of them.
     answers: u64,
@@ -146,6 +150,8 @@ pub struct World<'a> {
     disturbed_until: Duration,
     /// Some fault is about until then, but the job must go on.
     faults_until: Duration,
+    /// Something passes in one direction only until then.
+    one_way_until: Duration,
     /// When such faults end.
     ends: Vec<Duration>,
     /// The job last moved.
@@ -188,12 +194,14 @@ impl<'a> World<'a> {
             connections: Vec::new(),
             links: BTreeMap::new(),
             checker: Checker::new(&case.plan, case.faults.is_empty() && case.quorum == 0),
+            estimates: Estimates::default(),
             coverage: Coverage::default(),
             answers: 0,
             spoiled: spoil::Spoiled::new(),
             waiting: VecDeque::new(),
             disturbed_until: Duration::from_secs(2),
             faults_until: Duration::ZERO,
+            one_way_until: Duration::ZERO,
             ends: Vec::new(),
             moved: Duration::ZERO,
             healed: None,

@@ -15,6 +15,12 @@ use std::rc::Rc;
 /// Deadlines that may pass in a row without the machine moving its next one.
 const MOST_IDLE_TICKS: u32 = 100;
 
+/// A restarted shard 0 begins no job before its predecessor's members have noticed: their connections are silent for 3 s.
+const START_GRACE: Duration = Duration::from_secs(4);
+
+/// Steps of which there may be rounds while a shard does not know where the job is.
+const MOST_STEPS_TOLD: usize = 16;
+
 /// What a shard's shell knows of a connection.
 #[derive(Debug)]
 struct Session {
@@ -63,6 +69,11 @@ impl World<'_> {
             quorum: case.quorum,
             straggler_timeout: case.straggler_timeout,
             resync: case.resync,
+            start_grace: if generation == 0 {
+                Duration::ZERO
+            } else {
+                START_GRACE
+            },
             ..ShardConfig::new("sim", ShardId(shard as u16), case.shards, case.world)
         };
         self.checker.shard_started(shard);
@@ -504,6 +515,10 @@ impl World<'_> {
             _ => return,
         };
         self.coverage.count(what);
+        if *observation == Observation::Emptied {
+            // It knows as little of the job as a new process, and is told in the same way if somebody comes back.
+            self.checker.shard_started(shard);
+        }
         if !matches!(observation, Observation::RoundClosed(_)) {
             self.note(format_args!("shard {shard}: {observation:?}"));
         }
@@ -511,10 +526,16 @@ impl World<'_> {
 
     /// Nothing grows without bound.
     fn within_bounds(&self, shard: usize) -> Result<(), Violation> {
-        let load = self.shards[shard].machine.load();
-        let buckets = self.case.plan.buckets.len();
-        // A job's end takes a step's rounds with it; two steps are open at once.
-        if load.open_rounds > 2 * buckets + buckets {
+        let machine = &self.shards[shard].machine;
+        let load = machine.load();
+        // A job's end takes a step's rounds with it; two steps are open at once. While a shard is told where the job is,
+        // each worker tells of its own step and those before.
+        let steps = if machine.is_running() {
+            3
+        } else {
+            MOST_STEPS_TOLD
+        };
+        if load.open_rounds > steps * self.case.plan.buckets.len() {
             return broken(
                 "bounds",
                 format!("shard {shard} has {} open rounds", load.open_rounds),

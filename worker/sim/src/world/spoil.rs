@@ -82,7 +82,7 @@ impl World<'_> {
             | Sabotage::CountAgain
             | Sabotage::DivideByMembers
             | Sabotage::ArrivalOrder => {
-                if header.kind == FrameKind::Selection {
+                if header.kind.goes_on() {
                     return;
                 }
                 let roster = roster.to_vec();

@@ -1,29 +1,22 @@
 //! The workers' processes: a member, a trainer, and the way into the job.
 
+use super::joining::Upload;
 use super::shards::{decoded, frame, short};
 use super::{Happening, Place, World};
 use crate::check::{Answer, FrameKey, LifeId, Violation, broken};
-use crate::trainer::{Books, Model, Replica};
+use crate::trainer::{Books, Model};
 use crate::wires::{Clock, ConnectionId, End, Packet, Stream};
-use arc_topk_common::compress::fast::Fast;
-use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Rank, RunId, ShardId, Step, TensorId};
-use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Welcome};
-use arc_topk_worker::backend::Gradient;
-use arc_topk_worker::member::{Input, Member, MemberConfig, Output};
+use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION};
+use arc_topk_worker::member::{Input, Member, Output};
 use arc_topk_worker::reducer::ReduceError;
-use arc_topk_worker::step::{Outgoing, StepMachine, WorkerState};
+use arc_topk_worker::step::Outgoing;
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, VecDeque};
-use std::rc::Rc;
-use std::sync::Arc;
-
-/// Attempts of a donor to put a replica into a store.
-const MOST_UPLOADS: u32 = 6;
 
 /// What a worker does.
-enum Stage {
+pub(super) enum Stage {
     /// Asks shard 0 for a place.
     Joining,
     /// Fetches a replica.
@@ -36,19 +29,10 @@ enum Stage {
 #[derive(Default)]
 pub(crate) struct OpenStep {
     /// Gradients are still to come: the position of the next tensor in the order of backward.
-    next_fill: Option<usize>,
+    pub(super) next_fill: Option<usize>,
     pub(crate) gradients: BTreeMap<TensorId, Vec<f32>>,
     pub(crate) sent: BTreeMap<(BucketId, ShardId, FrameKey), Bytes>,
     pub(crate) answers: BTreeMap<(BucketId, ShardId, FrameKey), (FrameHeader, Answer)>,
-}
-
-/// A replica on its way to the stores.
-struct Upload {
-    step: Step,
-    run: RunId,
-    replica: Rc<Replica>,
-    missing: Vec<bool>,
-    attempts: u32,
 }
 
 /// One process of a worker.
@@ -60,19 +44,19 @@ pub(super) struct WorkerProcess {
     pub(super) clock: Clock,
     pub(super) links: Vec<Option<ConnectionId>>,
     /// Welcomed on that connection.
-    up: Vec<bool>,
-    incarnation: [u8; 16],
-    stage: Stage,
-    member: Option<Member>,
-    model: Model,
+    pub(super) up: Vec<bool>,
+    pub(super) incarnation: [u8; 16],
+    pub(super) stage: Stage,
+    pub(super) member: Option<Member>,
+    pub(super) model: Model,
     pub(super) books: Books,
     pub(super) open: OpenStep,
-    is_open: bool,
-    upload: Option<Upload>,
+    pub(super) is_open: bool,
+    pub(super) upload: Option<Upload>,
     /// It leaves after its step.
     pub(super) leaving: bool,
-    armed: Option<Duration>,
-    token: u64,
+    pub(super) armed: Option<Duration>,
+    pub(super) token: u64,
     /// Last refusal to let it join.
     pub(super) refused: bool,
 }
@@ -132,7 +116,7 @@ impl World<'_> {
     }
 
     /// The worker asks for a place, as nobody that was there before.
-    fn join(&mut self, worker: usize, after: Duration) {
+    pub(super) fn join(&mut self, worker: usize, after: Duration) {
         self.lives += 1;
         let life = LifeId(self.lives);
         let incarnation = self.randoms.processes.bytes16();
@@ -159,7 +143,7 @@ impl World<'_> {
     }
 
     /// The life ends: connections close in order, and the worker joins again.
-    fn rejoin(&mut self, worker: usize, reason: &str, after: Duration) {
+    pub(super) fn rejoin(&mut self, worker: usize, reason: &str, after: Duration) {
         self.note(format_args!(
             "{} ends: {reason}",
             self.name(self.workers[worker].life)
@@ -254,7 +238,7 @@ impl World<'_> {
         self.worker_says(worker, shard, Control::Hello(Box::new(hello)))
     }
 
-    fn worker_says(
+    pub(super) fn worker_says(
         &mut self,
         worker: usize,
         shard: usize,
@@ -361,99 +345,6 @@ impl World<'_> {
         }
     }
 
-    fn joiner_hears(&mut self, worker: usize, message: Control) -> Result<(), Violation> {
-        match message {
-            Control::Welcome(welcome) => self.placed(worker, &welcome),
-            Control::Refused { code, detail } => {
-                self.workers[worker].refused = true;
-                let after = self
-                    .randoms
-                    .processes
-                    .time(Duration::from_millis(300)..Duration::from_millis(2000));
-                self.rejoin(worker, &format!("{code:?}: {detail}"), after);
-                Ok(())
-            }
-            _ => Ok(()),
-        }
-    }
-
-    /// Shard 0 has given it a place.
-    fn placed(&mut self, worker: usize, welcome: &Welcome) -> Result<(), Violation> {
-        let case = self.case;
-        let machine = StepMachine::new(
-            Arc::clone(&case.plan),
-            Arc::new(Fast),
-            welcome.place.epoch,
-            welcome.step,
-            0,
-        );
-        let mut out = Vec::new();
-        let member = Member::new(machine, MemberConfig::new(welcome), &mut out);
-        let life = self.workers[worker].life;
-        let process = &mut self.workers[worker];
-        process.member = Some(member);
-        process.up[0] = true;
-        process.refused = false;
-        self.outputs(worker, out)?;
-        if welcome.snapshot {
-            self.workers[worker].stage = Stage::Fetching {
-                run: welcome.place.run,
-                step: welcome.step,
-            };
-            let time = self
-                .randoms
-                .store
-                .time(Duration::from_millis(20)..Duration::from_millis(800));
-            self.schedule(time, Happening::Fetched { life, worker });
-            return Ok(());
-        }
-        self.workers[worker].stage = Stage::Training;
-        self.begin(life, worker)
-    }
-
-    pub(super) fn fetched(&mut self, life: LifeId, worker: usize) -> Result<(), Violation> {
-        if !self.workers[worker].alive || self.workers[worker].life != life {
-            return Ok(());
-        }
-        let Stage::Fetching { run, step } = self.workers[worker].stage else {
-            return Ok(());
-        };
-        let here = |shard: &super::shards::ShardProcess| {
-            let replica = shard.store.get(&(run, step));
-            replica
-                .filter(|_| shard.up && shard.frozen_until.is_none())
-                .cloned()
-        };
-        let parts: Option<Vec<Rc<Replica>>> = self.shards.iter().map(here).collect();
-        let fails =
-            self.randoms.store.chance(self.case.fetch_fails_per_mille) && self.healed.is_none();
-        let Some(replica) = parts.filter(|_| !fails).and_then(|mut parts| parts.pop()) else {
-            self.coverage.count("fetches that failed");
-            self.rejoin(
-                worker,
-                "its replica cannot be fetched",
-                Duration::from_millis(200),
-            );
-            return Ok(());
-        };
-        self.coverage.count("replicas fetched");
-        let process = &mut self.workers[worker];
-        let member = process
-            .member
-            .as_mut()
-            .expect("a fetching worker is a member");
-        let mut state = member.export_state();
-        merge(&mut state, &replica.shared);
-        member
-            .import_state(state)
-            .or_else(|error| broken("P import", error.to_string()))?;
-        process.model = Model::of_replica(&replica);
-        process.stage = Stage::Training;
-        self.checker.inherits(life, step, replica.chain);
-        self.checker.same_way(life)?;
-        self.begin(life, worker)
-    }
-
     pub(super) fn worker_lost(
         &mut self,
         connection: ConnectionId,
@@ -515,7 +406,7 @@ impl World<'_> {
         self.after(worker)
     }
 
-    fn worker_handles(&mut self, worker: usize, input: Input) -> Result<(), Violation> {
+    pub(super) fn worker_handles(&mut self, worker: usize, input: Input) -> Result<(), Violation> {
         let now = self.now;
         let process = &mut self.workers[worker];
         let local = process.clock.local(now);
@@ -528,7 +419,7 @@ impl World<'_> {
     }
 
     /// Whatever follows from a change of the machine's state.
-    fn after(&mut self, worker: usize) -> Result<(), Violation> {
+    pub(super) fn after(&mut self, worker: usize) -> Result<(), Violation> {
         self.arm_worker(worker);
         let process = &self.workers[worker];
         if !process.alive {
@@ -564,7 +455,7 @@ impl World<'_> {
         }
     }
 
-    fn outputs(&mut self, worker: usize, out: Vec<Output>) -> Result<(), Violation> {
+    pub(super) fn outputs(&mut self, worker: usize, out: Vec<Output>) -> Result<(), Violation> {
         let life = self.workers[worker].life;
         for output in out {
             if self.workers[worker].life != life {
@@ -674,290 +565,5 @@ impl World<'_> {
         };
         self.send(connection, End::Shard, stream, Packet::Frame(header, body));
         Ok(())
-    }
-
-    /// The trainer begins its next step, or has done them all.
-    pub(super) fn begin(&mut self, life: LifeId, worker: usize) -> Result<(), Violation> {
-        let case = self.case;
-        let process = &mut self.workers[worker];
-        if !process.alive || process.life != life || process.is_open {
-            return Ok(());
-        }
-        if process.step().0 >= case.steps {
-            return self.after(worker);
-        }
-        let mut out = Vec::new();
-        process.open = OpenStep::default();
-        process.is_open = true;
-        let member = process
-            .member
-            .as_mut()
-            .expect("a worker that trains is a member");
-        let behind = member.begin(&mut out);
-        if behind {
-            self.coverage.count("steps begun behind");
-        } else {
-            process.open.next_fill = Some(0);
-            let time = self.fill_time(worker);
-            self.schedule(time, Happening::Fill { life, worker });
-        }
-        self.outputs(worker, out)?;
-        self.after(worker)
-    }
-
-    /// Time until the next tensor's gradient is there.
-    fn fill_time(&mut self, worker: usize) -> Duration {
-        let case = self.case;
-        let straggles = self.workers[worker].open.next_fill == Some(0)
-            && self.randoms.compute.chance(case.straggler_per_mille);
-        let time = self.randoms.compute.time(case.compute.clone()) / case.plan.tensors.len() as u32;
-        if straggles {
-            self.coverage.count("slow steps");
-            self.randoms.compute.time(case.compute.clone()) * 10
-        } else {
-            time
-        }
-    }
-
-    pub(super) fn fill(&mut self, life: LifeId, worker: usize) -> Result<(), Violation> {
-        let case = self.case;
-        let process = &mut self.workers[worker];
-        if !process.alive || process.life != life || !process.is_open {
-            return Ok(());
-        }
-        let Some(at) = process.open.next_fill else {
-            return Ok(());
-        };
-        let mut order = case.plan.buckets.iter().flat_map(|bucket| &bucket.tensors);
-        let tensor = *order.nth(at).expect("fills end with the last tensor");
-        let member = process
-            .member
-            .as_mut()
-            .expect("a worker that trains is a member");
-        let (rank, step) = (member.place().rank, member.machine().step());
-        let mut gradient = Model::gradient(case, process.model.digest(), rank, step, tensor);
-        if Model::poisoned(case, rank, step) == Some(tensor) {
-            gradient[0] = f32::NAN;
-            self.coverage.count("gradients with a NaN");
-        }
-        let mut out = Vec::new();
-        member
-            .fill(tensor, Gradient::F32(&gradient), &mut out)
-            .or_else(|error| broken("P fill", error.to_string()))?;
-        process.open.gradients.insert(tensor, gradient);
-        let last = at + 1 == case.plan.tensors.len();
-        process.open.next_fill = (!last).then_some(at + 1);
-        if last {
-            member.flush(&mut out);
-        } else {
-            let time = self.fill_time(worker);
-            self.schedule(time, Happening::Fill { life, worker });
-        }
-        self.outputs(worker, out)?;
-        self.after(worker)
-    }
-
-    fn commit(&mut self, worker: usize) -> Result<(), Violation> {
-        let case = self.case;
-        let process = &mut self.workers[worker];
-        let life = process.life;
-        let member = process
-            .member
-            .as_mut()
-            .expect("a complete step has a member");
-        let rank = member.place().rank;
-        let abstained = member.is_abstaining();
-        let outcome = member.commit();
-        let (step, update) = (outcome.step, outcome.update);
-        process.is_open = false;
-        let open = core::mem::take(&mut process.open);
-        if !outcome.skipped {
-            process.model.apply(&mut |f| member.for_each_result(f));
-            process
-                .books
-                .settle(case, rank, step, update, &open, abstained);
-            if case.exact && case.plan.spec.algorithm.feedback == Feedback::Ef14 {
-                process
-                    .books
-                    .check(case, &member.export_state())
-                    .or_else(|detail| {
-                        broken(
-                            "I2 given = residual + counted",
-                            format!("rank {rank} after step {step}: {detail}"),
-                        )
-                    })?;
-            }
-        }
-        self.note(format_args!(
-            "{} applies step {step}, update {update}{}{}",
-            self.name(life),
-            if outcome.skipped { ", skipped" } else { "" },
-            if abstained { ", behind" } else { "" }
-        ));
-        self.coverage.count(if outcome.skipped {
-            "steps skipped"
-        } else {
-            "steps applied"
-        });
-        let answers = open
-            .answers
-            .iter()
-            .map(|(key, (_, answer))| (*key, answer.clone()));
-        self.checker.committed(life, step, &answers.collect())?;
-        self.progressed(step);
-        self.report(worker)?;
-        self.donate(worker)?;
-        if self.workers[worker].leaving {
-            return self.leave(worker);
-        }
-        self.schedule(
-            Duration::from_micros(200),
-            Happening::Begin { life, worker },
-        );
-        Ok(())
-    }
-
-    /// The digest of the parameters goes to shard 0.
-    fn report(&mut self, worker: usize) -> Result<(), Violation> {
-        let process = &mut self.workers[worker];
-        let step = process.step();
-        if self.case.digest_every == 0 || !step.0.is_multiple_of(self.case.digest_every) {
-            return Ok(());
-        }
-        let mut digest = [0; 32];
-        digest[..8].copy_from_slice(&process.model.digest().to_le_bytes());
-        let mut out = Vec::new();
-        if let Some(member) = &mut process.member {
-            member.tell_coordinator(Control::Digest { step, digest }, &mut out);
-        }
-        self.outputs(worker, out)
-    }
-
-    /// One that has nothing to finish leaves at once.
-    pub(super) fn leaves_if_idle(&mut self, worker: usize) -> Result<(), Violation> {
-        let process = &self.workers[worker];
-        if process.is_open || process.frozen_until.is_some() {
-            return Ok(());
-        }
-        self.leave(worker)
-    }
-
-    fn leave(&mut self, worker: usize) -> Result<(), Violation> {
-        let mut out = Vec::new();
-        if let Some(member) = &mut self.workers[worker].member {
-            member.leave(&mut out);
-        }
-        self.outputs(worker, out)?;
-        self.rejoin(worker, "it leaves", Duration::ZERO);
-        Ok(())
-    }
-
-    /// A worker that is between steps and was asked for its replica begins to upload it.
-    fn donate(&mut self, worker: usize) -> Result<(), Violation> {
-        let process = &mut self.workers[worker];
-        let Some(member) = process.member.as_mut().filter(|m| m.donation_due()) else {
-            return Ok(());
-        };
-        let (step, run) = (member.machine().step(), member.place().run);
-        let mut out = Vec::new();
-        member.donation_taken(step, &mut out);
-        let mut shared = member.export_state();
-        shared.arrays.retain(|(name, _)| name.starts_with("global"));
-        let life = process.life;
-        let chain = self.checker.chain(life, step);
-        let process = &mut self.workers[worker];
-        process.upload = Some(Upload {
-            step,
-            run,
-            replica: Rc::new(process.model.replica(shared, chain)),
-            missing: vec![true; process.links.len()],
-            attempts: 0,
-        });
-        self.coverage.count("donations");
-        self.note(format_args!("{} donates step {step}", self.name(life)));
-        for shard in 0..usize::from(self.case.shards) {
-            let time = self
-                .randoms
-                .store
-                .time(Duration::from_millis(5)..Duration::from_millis(600));
-            self.schedule(
-                time,
-                Happening::Stored {
-                    life,
-                    worker,
-                    shard,
-                },
-            );
-        }
-        self.outputs(worker, out)
-    }
-
-    pub(super) fn stored(
-        &mut self,
-        life: LifeId,
-        worker: usize,
-        shard: usize,
-    ) -> Result<(), Violation> {
-        let reachable = {
-            let now = self.now;
-            let link = self.link(worker, shard);
-            link.up.blocked <= now && link.down.blocked <= now
-        };
-        let (up, frozen) = (
-            self.shards[shard].up,
-            self.shards[shard].frozen_until.is_some(),
-        );
-        let process = &mut self.workers[worker];
-        if !process.alive || process.life != life {
-            return Ok(());
-        }
-        let Some(upload) = &mut process.upload else {
-            return Ok(());
-        };
-        let (run, step) = (upload.run, upload.step);
-        if !up || frozen || !reachable {
-            upload.attempts += 1;
-            if upload.attempts <= MOST_UPLOADS * u32::from(self.case.shards) {
-                self.schedule(
-                    Duration::from_millis(500),
-                    Happening::Stored {
-                        life,
-                        worker,
-                        shard,
-                    },
-                );
-            }
-            return Ok(());
-        }
-        upload.missing[shard] = false;
-        let replica = Rc::clone(&upload.replica);
-        let done = !upload.missing.contains(&true);
-        self.shards[shard].store.insert((run, step), replica);
-        if done {
-            let mut out = Vec::new();
-            let process = &mut self.workers[worker];
-            process.upload = None;
-            if let Some(member) = &mut process.member {
-                member.donated(step, &mut out);
-            }
-            self.outputs(worker, out)?;
-        }
-        Ok(())
-    }
-}
-
-/// Puts the shared arrays of a replica into a state, with its step and update.
-fn merge(state: &mut WorkerState, shared: &WorkerState) {
-    state.step = shared.step;
-    state.update = shared.update;
-    for (name, values) in &mut state.arrays {
-        let shared_name = name.replace("local", "global");
-        if let Some((_, replica)) = shared
-            .arrays
-            .iter()
-            .find(|(other, _)| *other == shared_name)
-        {
-            values.clone_from(replica);
-        }
     }
 }
