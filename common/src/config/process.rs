@@ -2,7 +2,7 @@
 
 use super::elastic::{ElasticArgs, RestartPolicy};
 use super::setting::{SettingError, require};
-use crate::wire::{MAX_JOB_BYTES, MAX_LISTED_SNAPSHOTS, MAX_WORLD};
+use crate::wire::{MAX_JOB_BYTES, MAX_LISTED_SNAPSHOTS, MAX_WORLD, MOST_FILLING_SNAPSHOTS};
 use clap::Args;
 use core::{fmt, str::FromStr};
 use serde::{Serialize, Serializer};
@@ -182,7 +182,7 @@ impl SnapshotArgs {
     /// # Errors
     /// The first setting outside its range.
     pub fn validate(&self) -> Result<(), SettingError> {
-        let most = MAX_LISTED_SNAPSHOTS - 1;
+        let most = MAX_LISTED_SNAPSHOTS - MOST_FILLING_SNAPSHOTS;
         let advice =
             "it is how far back a job can go if the newest snapshot is damaged; 2 is usual";
         require(

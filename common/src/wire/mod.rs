@@ -51,8 +51,9 @@ pub use round::{Direction, Layout, Phase, RoundShape, SegmentShape, SelectedRows
 pub use selection::{append_selection, decode_selection, encode_selection, selection_limit};
 pub use store::{
     HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, MAX_PARTS, MAX_PIECE_BYTES,
-    MAX_PIECES, MAX_STORE_MESSAGE_BYTES, Manifest, Owner, PART_HEADER_BYTES, PartInfo, PieceMeta,
-    STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode, StoreRequest, StoreResponse, piece_range,
+    MAX_PIECES, MAX_STORE_MESSAGE_BYTES, MOST_FILLING_SNAPSHOTS, Manifest, Owner,
+    PART_HEADER_BYTES, PartInfo, PieceMeta, STORE_ALPN, Sha256Bytes, SnapshotId, StoreCode,
+    StoreRequest, StoreResponse, piece_range,
 };
 
 use crate::ids::{BucketId, Epoch, Rank, RunId, Step};

@@ -7,7 +7,7 @@ use super::members::{Link, Member, Members, Told, Waited};
 use super::recovery::Recovery;
 use super::rounds::Rounds;
 use super::stragglers::Lateness;
-use super::{Job, LAST_START_STEP, Life, Shard, refuse};
+use super::{Job, LAST_START_STEP, Life, STEP_WINDOW, Shard, refuse};
 use arc_topk_common::ids::{Epoch, Rank, RunId, ShardId, Step};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::{
@@ -206,6 +206,7 @@ impl Shard {
             run: RunId::default(),
             life,
             members: Members::default(),
+            ends: false,
             applicants: Vec::new(),
             digests: Default::default(),
         })
@@ -257,8 +258,15 @@ impl Shard {
                 detail: "the worker came on another connection".to_owned(),
             });
         }
+        // One that is behind first replays what it missed; the others need not wait for that.
+        let at = job.rounds.step();
+        let from = if job.is_running() && step < at {
+            Step(at.0.saturating_add(STEP_WINDOW))
+        } else {
+            step
+        };
         if let Some(member) = job.members.get_mut(rank) {
-            member.come_back(hello, step, waited);
+            member.come_back(hello, step, waited.then_some(from));
         }
         self.welcome(session, rank, out);
         let joined = self.connected() as u16;
@@ -419,15 +427,11 @@ impl Member {
     }
 
     /// It is connected (again), and has told nothing since unless it has told everything before.
-    fn come_back(&mut self, hello: &Hello, step: Step, waited: bool) {
+    fn come_back(&mut self, hello: &Hello, step: Step, waited: Option<Step>) {
         self.host.clone_from(&hello.host);
         self.incarnation = Some(hello.incarnation);
         self.step = self.step.max(step);
-        self.waited = if waited {
-            Waited::From(step)
-        } else {
-            Waited::Joining
-        };
+        self.waited = waited.map_or(Waited::Joining, Waited::From);
         self.early.clear();
         if self.told != Told::All {
             self.told = Told::Partly { got: 0, of: None };

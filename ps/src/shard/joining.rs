@@ -17,7 +17,7 @@ use core::time::Duration;
 use std::collections::BTreeMap;
 
 /// How long a donor may take before another one is asked.
-const DONOR_TIMEOUT: Duration = Duration::from_secs(60);
+const DONOR_TIMEOUT: Duration = Duration::from_secs(600);
 const RUNS_ALREADY: &str = "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends";
 
 /// A worker that wants a place.

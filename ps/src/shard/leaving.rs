@@ -89,9 +89,8 @@ impl Shard {
         let remaining = job.members.connected_count() as u16;
         out.push(Action::Observe(departed(Some(rank), how, remaining)));
         // Members that are away may come back, and nobody may begin anew what they go on with.
-        let none_to_return =
-            job.members.is_empty() || matches!(how, Departure::Left) && job.applicants.is_empty();
-        if remaining == 0 && none_to_return {
+        job.ends |= matches!(how, Departure::Left);
+        if job.members.is_empty() {
             return self.end_of_members(now, out);
         }
         let reason = match how {
@@ -176,13 +175,18 @@ impl Shard {
         epoch: Epoch,
         next_rank: u16,
         members: &[Rank],
+        away: &[Rank],
     ) {
-        let shard = self.config.shard;
-        if let Some(job) = &mut self.job
-            && shard != ShardId(0)
-            && job.members.rank(session).is_some()
-        {
-            job.members.learn(epoch, next_rank, members);
+        let running = self.is_running();
+        let Some(job) = &mut self.job else {
+            return;
+        };
+        if job.members.rank(session).is_none() || self.config.shard == ShardId(0) && running {
+            return;
+        }
+        job.members.learn(epoch, next_rank, members);
+        if epoch >= job.members.epoch {
+            job.members.gone = away.iter().copied().collect();
         }
     }
 
@@ -218,7 +222,7 @@ impl Job {
             let due = away.min()? + MEMBER_TIMEOUT;
             return (shard == ShardId(0)).then_some(due);
         }
-        let patience = if self.applicants.is_empty() {
+        let patience = if self.applicants.is_empty() && !self.ends {
             JOB_TIMEOUT
         } else {
             MEMBER_TIMEOUT

@@ -119,6 +119,8 @@ pub(super) struct Members {
     pub(super) next_rank: u16,
     /// All ranks by the newest list of shard 0.
     pub(super) listed: BTreeSet<Rank>,
+    /// Those of them that were away by the newest word.
+    pub(super) gone: BTreeSet<Rank>,
     /// Until then rounds wait for members that are cut off, too.
     forgiving_until: Duration,
     table: BTreeMap<Rank, Member>,
@@ -279,10 +281,20 @@ impl Members {
         })
     }
 
-    /// Whether all that are listed have come and told what they hold.
+    /// Whether all that are listed have come and told what they hold. Those of whom shard 0 says that they are away are not
+    /// waited for: until they come back they are not among those that go on.
     pub(super) fn all_told(&self) -> bool {
-        let told = |rank: &Rank| self.get(*rank).is_some_and(|m| m.told == Told::All);
+        let told = |rank: &Rank| match self.get(*rank) {
+            Some(member) => member.told == Told::All,
+            None => self.gone.contains(rank),
+        };
         self.listed.iter().all(told)
+    }
+
+    /// Whether somebody is connected who has not told everything.
+    pub(super) fn some_tell(&self) -> bool {
+        self.iter()
+            .any(|(_, member)| member.session().is_some() && member.told != Told::All)
     }
 
     /// When the next member stops being waited for.

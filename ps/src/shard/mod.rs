@@ -119,6 +119,8 @@ struct Job {
     run: RunId,
     life: Life,
     members: Members,
+    /// A member has left in order: training comes to its end.
+    ends: bool,
     /// Shard 0: those that want a place.
     applicants: Vec<Applicant>,
     rounds: Rounds,
@@ -374,8 +376,12 @@ impl Shard {
                 epoch,
                 next_rank,
                 members,
+                away,
                 ..
-            } => self.relayed(session, epoch, next_rank, &members),
+            } => {
+                self.relayed(session, epoch, next_rank, &members, &away);
+                self.end_recovery(now, out);
+            }
             other => {
                 let detail = format!(
                     "a worker does not send {}: run the same release everywhere",

@@ -22,6 +22,9 @@ use core::time::Duration;
 /// How long a restarted shard waits for members that do not come. With the pause until workers dial again it is below the
 /// 5 s that a restart may cost.
 pub const RECOVERY_GRACE: Duration = Duration::from_secs(3);
+/// How long it waits for members that are connected and still tell: their answers may have a slow link before them. A peer
+/// that trickles is removed by the shell long before.
+const TELLING_TIMEOUT: Duration = Duration::from_secs(120);
 /// Steps before its own of which a worker may tell answers.
 const TOLD_STEPS: u64 = 4;
 
@@ -46,7 +49,12 @@ impl Job {
         match &self.life {
             // Without anybody there is nobody to go on with.
             Life::Recovering(recovery) if self.members.connected_count() > 0 => {
-                Some(recovery.since + RECOVERY_GRACE)
+                let patience = if self.members.some_tell() {
+                    TELLING_TIMEOUT
+                } else {
+                    RECOVERY_GRACE
+                };
+                Some(recovery.since + patience)
             }
             _ => None,
         }
@@ -176,10 +184,11 @@ impl Shard {
         let Some(job) = &mut self.job else {
             return;
         };
+        let due = job.recovery_deadline();
         let Life::Recovering(recovery) = &job.life else {
             return;
         };
-        let patient = now.saturating_sub(recovery.since) < RECOVERY_GRACE;
+        let patient = due.is_none_or(|due| now < due);
         if patient && !job.members.all_told() || job.members.connected_count() == 0 {
             return;
         }

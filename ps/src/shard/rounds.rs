@@ -15,7 +15,7 @@ use std::sync::Arc;
 /// Closed steps whose answers are kept for workers that were away or slow.
 pub const RETAIN_STEPS: u64 = 8;
 /// How long answers are kept for a worker that joins, after the last sign of it.
-const PIN_TIME: Duration = Duration::from_secs(120);
+const PIN_TIME: Duration = Duration::from_secs(600);
 
 /// Steps of which there may be rounds while it is not known where the job is. Workers that are not too far apart name six.
 const UNSETTLED_STEPS: usize = 16;

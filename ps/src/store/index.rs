@@ -7,19 +7,19 @@
 //! | event | held | then |
 //! |---|---|---|
 //! | Put of X | X is there | accepted, unless X is committed and its manifest names other bytes |
-//! | Put of X | the same run has committed X's step or a later one | refused, stale |
-//! | Put of X | another uncommitted Y, of the same run and later | refused, stale |
-//! | Put of X | another uncommitted Y | Y is dropped, X is filled |
+//! | Put of X | uncommitted ones of other runs | they are dropped |
+//! | Put of X | [`MOST_FILLING_SNAPSHOTS`] other uncommitted ones of the same run, all later | refused, stale |
+//! | Put of X | as many, some earlier | the earliest is dropped |
 //! | Commit of X | X is committed otherwise | refused, conflict |
 //! | Commit of X | the same run has committed a later step | refused, stale |
 //! | Commit of X | a part that it names has no piece here | refused, missing: every shard was to get one |
-//! | Commit of X | | X's pieces that the manifest does not name are dropped; other runs' snapshots of X's step and later; uncommitted ones that X supersedes; committed ones beyond the newest `keep` |
+//! | Commit of X | | X's pieces that the manifest does not name are dropped; other runs' snapshots of X's step and later, and their uncommitted ones; committed ones beyond the newest `keep` |
 
 use super::StoreOptions;
 use super::refusal::Refusal;
 use arc_topk_common::wire::{
-    HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, Manifest, Owner, PartInfo,
-    PieceMeta, SnapshotId,
+    HeldPiece, HeldSnapshot, MAX_LISTED_PIECES, MAX_LISTED_SNAPSHOTS, MOST_FILLING_SNAPSHOTS,
+    Manifest, Owner, PartInfo, PieceMeta, SnapshotId,
 };
 use std::collections::{BTreeMap, BTreeSet};
 
@@ -94,7 +94,9 @@ impl Index {
     #[must_use]
     pub fn new(options: &StoreOptions) -> Self {
         Self {
-            keep: options.keep.clamp(1, MAX_LISTED_SNAPSHOTS - 1),
+            keep: options
+                .keep
+                .clamp(1, MAX_LISTED_SNAPSHOTS - MOST_FILLING_SNAPSHOTS),
             limit_bytes: options.limit_bytes,
             snapshots: BTreeMap::new(),
             incoming: BTreeMap::new(),
@@ -124,9 +126,9 @@ impl Index {
             removals.pieces.extend(index.drop_orphans(snapshot));
         }
         removals.add(index.prune());
-        // Of several that were being filled, the newest still can be.
+        // Of those that were being filled, the newest still can be.
         let filling: Vec<SnapshotId> = index.uncommitted().collect();
-        for snapshot in filling.iter().rev().skip(1) {
+        for snapshot in filling.iter().rev().skip(MOST_FILLING_SNAPSHOTS) {
             index.remove(*snapshot);
             removals.snapshots.push(*snapshot);
         }
@@ -223,21 +225,20 @@ impl Index {
                 _ => Err(Refusal::Conflict(id)),
             };
         }
-        if let Some(newer) = self.later_committed(id) {
-            return Err(Refusal::Stale { asked: id, newer });
-        }
         let others = self.uncommitted().filter(|other| *other != id);
-        let others: BTreeSet<SnapshotId> = others.collect();
-        match others
-            .iter()
-            .find(|other| other.run == id.run && **other > id)
-        {
-            Some(newer) => Err(Refusal::Stale {
+        let (own, abandoned): (Vec<SnapshotId>, Vec<SnapshotId>) =
+            others.partition(|other| other.run == id.run);
+        // A replica for one that joins, one for another that joins a moment later, and a snapshot of the whole job may be
+        // on their way at once; none may push out another.
+        let beyond = (own.len() + 1).saturating_sub(MOST_FILLING_SNAPSHOTS);
+        if let Some(oldest) = own.first().filter(|oldest| beyond > 0 && id < **oldest) {
+            return Err(Refusal::Stale {
                 asked: id,
-                newer: *newer,
-            }),
-            None => Ok(others),
+                newer: *oldest,
+            });
         }
+        let oldest = own.into_iter().take(beyond);
+        Ok(abandoned.into_iter().chain(oldest).collect())
     }
 
     /// A snapshot that the same run committed later in its course.
@@ -340,7 +341,8 @@ impl Index {
         };
         let abandoned = |other: SnapshotId, entry: &Entry| match entry.manifest {
             Some(_) => other.run != id.run && other.step >= id.step,
-            None => other.run != id.run || other < id,
+            // What one that joins is about to fetch stays until later ones come.
+            None => other.run != id.run,
         };
         let superseded: Vec<SnapshotId> = self
             .snapshots
@@ -354,18 +356,13 @@ impl Index {
         Ok(removals)
     }
 
-    /// Drops committed snapshots beyond the newest `keep`, and uncommitted ones that are older than all that stay.
+    /// Drops committed snapshots beyond the newest `keep`.
     fn prune(&mut self) -> Removals {
-        let committed: Vec<SnapshotId> = self.committed().rev().collect();
-        let (kept, beyond) = committed.split_at(committed.len().min(self.keep));
-        let newest = kept.first().copied();
-        let late =
-            |id: &SnapshotId| newest.is_some_and(|newest| *id < newest && id.run == newest.run);
-        let late: Vec<SnapshotId> = self.uncommitted().filter(late).collect();
+        let beyond: Vec<SnapshotId> = self.committed().rev().skip(self.keep).collect();
         let mut removals = Removals::default();
-        for id in beyond.iter().chain(&late) {
-            self.remove(*id);
-            removals.snapshots.push(*id);
+        for id in beyond {
+            self.remove(id);
+            removals.snapshots.push(id);
         }
         removals
     }

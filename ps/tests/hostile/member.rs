@@ -2,7 +2,7 @@
 
 use super::*;
 use arc_topk_common::ids::Step;
-use arc_topk_common::wire::HEADER_BYTES;
+use arc_topk_common::wire::{HEADER_BYTES, MAX_ROSTER_BYTES};
 use arc_topk_transport::{VarInt, read_frame};
 
 /// A member misbehaves in `strike` and its connection is closed with `words`; the other member steps on without it.
@@ -144,7 +144,7 @@ async fn garbage_on_round_streams() {
 
 #[tokio::test]
 async fn a_second_hello() {
-    offence("only reports and its leave", async |peer: &mut Offender| {
+    offence("no second Hello", async |peer: &mut Offender| {
         peer.control.0.write_all(&framed_hello()).await.unwrap();
         Vec::new()
     })
@@ -210,7 +210,10 @@ async fn a_flood_of_reports() {
                 return;
             };
             write_dense(&mut send, step, 1.0, BODY / 4).await;
-            if read_frame(&mut recv, BODY, "shard").await.is_err() {
+            if read_frame(&mut recv, BODY + MAX_ROSTER_BYTES, "shard")
+                .await
+                .is_err()
+            {
                 return;
             }
         }

@@ -11,8 +11,8 @@ use crate::report::{Run, closing_table};
 use crate::session::{ConnectError, NetConfig, NetEvent, QuicReducer};
 use crate::store::{StoreClient, StoreConfig};
 use crate::train::{
-    self, LocalReducer, Observer, SnapshotStore, TrainConfig, TrainError, agreed_settings,
-    data::Dataset, parameters, resume_point, use_threads,
+    self, CheckpointError, LocalReducer, Observer, SnapshotStore, TrainConfig, TrainError,
+    agreed_settings, data::Dataset, parameters, resume_point, use_threads,
 };
 use arc_topk_common::config::{
     AlgorithmConfig, CertArgs, CommonArgs, PeerArgs, TrainArgs, require,
@@ -150,7 +150,15 @@ impl TrainCommand {
             ..config.clone()
         };
         let mut message = |text: &str| tracing::warn!("{text}");
-        let point = resume_point(&self.train, self.peers.rank, Some(&*store), &mut message)?;
+        // Without a checkpoint that all ranks have it can still join a job that runs.
+        let (point, no_checkpoint) =
+            match resume_point(&self.train, self.peers.rank, Some(&*store), &mut message) {
+                Ok(point) => (point, None),
+                Err(TrainError::Checkpoint(error @ CheckpointError::NotCommon { .. })) => {
+                    (None, Some(error))
+                }
+                Err(error) => return Err(error.into()),
+            };
         let mut net = self.net_config(identity, metrics);
         if let Some(point) = point {
             net.start_step = Step(point.step);
@@ -161,10 +169,15 @@ impl TrainCommand {
         let mut rejoins = Rejoins::default();
         loop {
             let before = watch.steps.len();
-            let again = rejoins.any();
+            let again = rejoins.any() || no_checkpoint.is_some();
             let error = match self.take_part(&net, &config, spec, data, watch, again) {
                 Ok(summary) => return Ok(summary),
                 Err(error) if may_join_again(&error) => error,
+                Err(CliError::NothingToJoin) if no_checkpoint.is_some() => {
+                    return Err(no_checkpoint.map_or(CliError::NothingToJoin, |error| {
+                        TrainError::from(error).into()
+                    }));
+                }
                 Err(error) => return Err(error),
             };
             metrics.superseded();

@@ -147,6 +147,9 @@ impl Member {
     fn retell(&mut self, shard: ShardId, out: &mut Vec<Output>) -> usize {
         let held = self.machine.held(shard);
         let frames = u32::try_from(held.len()).unwrap_or(u32::MAX);
+        // It need not wait for those that are away.
+        let membership = self.membership("told to a shard that was restarted");
+        self.send(shard, membership, out);
         self.send(shard, Control::Retelling { frames }, out);
         self.frames = held;
         self.send_frames(out)

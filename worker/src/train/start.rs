@@ -41,11 +41,19 @@ pub fn resume_point(
     if !args.resume {
         return Ok(None);
     }
-    if let Some(point) = local_point(args, rank, message)? {
-        return Ok(Some(point));
-    }
+    let local = match local_point(args, rank, message) {
+        Ok(Some(point)) => return Ok(Some(point)),
+        // Ranks come and go, and their directories stay: the shards may know better.
+        unusable => unusable,
+    };
     let newest = store.map_or(Ok(None), SnapshotStore::newest);
     let newest = newest.map_err(SnapshotError::Store)?;
+    if newest.is_none() {
+        return Ok(local?);
+    }
+    if let Err(error) = local {
+        message(&format!("{error}. Going on from the shards' snapshots"));
+    }
     Ok(newest.map(|info| ResumePoint {
         step: info.id().step.0,
         update: info.manifest.update,
@@ -100,16 +108,14 @@ impl Run<'_> {
             }
             return self.check_unused(config, reducer);
         }
-        if self.resume_from_checkpoint(reducer, observer)? {
-            return Ok(());
+        // Only where there is no checkpoint that can be used.
+        if let (Some(info), Some(store)) = (&config.snapshot, config.store.as_deref()) {
+            return self.resume_from_snapshot(store, info, reducer, observer);
         }
-        match (&config.snapshot, config.store.as_deref()) {
-            (Some(info), Some(store)) => self.resume_from_snapshot(store, info, reducer, observer),
-            _ => {
-                observer.on_message("no checkpoint to resume from: starting at step 0");
-                Ok(())
-            }
+        if !self.resume_from_checkpoint(reducer, observer)? {
+            observer.on_message("no checkpoint to resume from: starting at step 0");
         }
+        Ok(())
     }
 
     /// Snapshots of another run than this one must not be taken for this one's later.

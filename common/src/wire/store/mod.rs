@@ -42,7 +42,10 @@ pub const MAX_PIECES: u16 = 256;
 /// Most parts of a snapshot: the replica and one for each worker.
 pub const MAX_PARTS: usize = super::MAX_WORLD + 1;
 /// Most snapshots that a shard holds.
-pub const MAX_LISTED_SNAPSHOTS: usize = 17;
+pub const MAX_LISTED_SNAPSHOTS: usize = 16 + MOST_FILLING_SNAPSHOTS;
+/// Snapshots of a run that may be on their way to a shard at once: of the whole job, and replicas for workers that join, some
+/// of whom come together.
+pub const MOST_FILLING_SNAPSHOTS: usize = 3;
 /// Most pieces that a shard holds.
 pub const MAX_LISTED_PIECES: usize = 1 << 16;
 
