@@ -86,6 +86,19 @@ sim: ## simulate a few hundred jobs with faults in virtual time and check that n
 soak: ## the same until interrupted; ARGS='--seeds 0..1000000' for others
 	$(CARGO) run --quiet --locked -p arc-topk-sim -- --seeds 0..18446744073709551615 $(ARGS)
 
+# Which crate has the target is seen from its seeds; what is found stays in that crate's fuzz/corpus and fuzz/artifacts.
+# The pinned toolchain does: RUSTC_BOOTSTRAP lets it take the sanitizer's flags, which else nightly alone does.
+.PHONY: fuzz
+fuzz: ## fuzz a target for so many seconds (needs cargo-fuzz): make fuzz ARGS='member_operations 60'
+	@set -- $(ARGS); target="$${1:-}" seconds="$${2:-60}"; \
+	seeds="$$(ls -d {common,ps,worker}/fuzz/seeds/"$$target" 2>/dev/null || true)"; \
+	if [[ -z "$$target" || ! -d "$$seeds" ]]; then \
+	  echo 'fuzz: name one of these targets, and seconds:' {common,ps,worker}/fuzz/seeds/*; exit 2; \
+	fi; \
+	crate="$${seeds%/seeds/*}"; mkdir -p "$$crate/corpus/$$target"; \
+	RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir "$$crate" "$$target" "$$crate/corpus/$$target" "$$seeds" -- \
+	  -max_total_time="$$seconds" -print_final_stats=1
+
 .PHONY: bench
 bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
 	$(CARGO) bench --locked --workspace $(ARGS)
