@@ -62,7 +62,7 @@ fn control(shard: u8, message: &[u8]) -> Vec<u8> {
 }
 
 fn trainer(choice: u8) -> Vec<u8> {
-    vec![0, 15, choice, 255]
+    vec![0, 15, choice]
 }
 
 fn seeds() -> Vec<Vec<u8>> {
@@ -130,6 +130,7 @@ fn seeds() -> Vec<Vec<u8>> {
             up(1, 1),
             step(2, ALL),
             trainer(7),
+            vec![255],
             down(0),
         ]
         .concat(),
