@@ -308,6 +308,8 @@ fn answer(plan: &Plan, frame: &Outgoing, content: u8, choice: u8) -> (FrameHeade
         kind,
         flags: FrameFlags {
             non_finite,
+            // Of another worker, perhaps: the roster alone says who was counted.
+            counted: content & 2 == 2,
             ..FrameFlags::default()
         },
         body_bytes: out.len() as u32,
