@@ -88,6 +88,19 @@ soak: ## the same with ever new seeds, until one fails or it is interrupted; ARG
 	@echo 'soak: seeds from 2000 on, until one fails; ctrl-C ends it'
 	$(CARGO) run --locked -p arc-topk-sim -- --seeds 2000..18446744073709551615 $(ARGS)
 
+# Which crate has the target is seen from its seeds; what is found stays in that crate's fuzz/corpus and fuzz/artifacts.
+# The pinned toolchain does: RUSTC_BOOTSTRAP lets it take the sanitizer's flags, which else nightly alone does.
+.PHONY: fuzz
+fuzz: ## fuzz a target for so many seconds (needs cargo-fuzz): make fuzz ARGS='member_operations 60'
+	@set -- $(ARGS); target="$${1:-}" seconds="$${2:-60}"; \
+	seeds="$$(ls -d {common,ps,worker}/fuzz/seeds/"$$target" 2>/dev/null || true)"; \
+	if [[ -z "$$target" || ! -d "$$seeds" ]]; then \
+	  echo 'fuzz: name one of these targets, and seconds:' {common,ps,worker}/fuzz/seeds/*; exit 2; \
+	fi; \
+	crate="$${seeds%/seeds/*}"; mkdir -p "$$crate/corpus/$$target"; \
+	RUSTC_BOOTSTRAP=1 $(CARGO) fuzz run --fuzz-dir "$$crate" "$$target" "$$crate/corpus/$$target" "$$seeds" -- \
+	  -max_total_time="$$seconds" -print_final_stats=1
+
 .PHONY: bench
 bench: ## speed: kernels beside a plain copy, a shard over QUIC beside raw quinn
 	$(CARGO) bench --locked --workspace $(ARGS)

@@ -30,6 +30,7 @@
 //!   (step, bucket) with this shard on the *present* connection; it is opened where there is none.
 //! - [`Member::tick`] at [`Member::next_deadline`] at the latest.
 
+pub mod any_bytes;
 mod links;
 mod membership;
 mod training;
