@@ -223,12 +223,14 @@ impl Shard {
 
 impl Job {
     /// Members so far behind that the answers which they applied last cannot be compared with those of the others. They
-    /// may have been cut off when an earlier incarnation of this shard was restarted.
+    /// may have been cut off when an earlier incarnation of this shard was restarted. (One that owns nothing has given no
+    /// answers, and workers may train before they have met it.)
     fn uncomparable(&self, step: Step) -> impl Iterator<Item = Rank> {
+        let owns_nothing = self.rounds.buckets_here() == 0;
         let low = Step(step.0.saturating_sub(1));
         self.members
             .iter()
-            .filter(move |(_, m)| m.session().is_some() && m.step < low)
+            .filter(move |(_, m)| !owns_nothing && m.session().is_some() && m.step < low)
             .map(|(rank, _)| rank)
     }
 

@@ -25,6 +25,9 @@ pub struct Replica {
     pub chain: u64,
 }
 
+/// Calls what it is given with the result of every tensor.
+pub type Results<'a> = dyn FnMut(&mut dyn FnMut(TensorResult<'_>)) + 'a;
+
 /// Parameters and optimizer of one worker.
 #[derive(Clone, Debug)]
 pub struct Model {
@@ -115,7 +118,7 @@ impl Model {
     }
 
     /// One update with the results of a step.
-    pub fn apply(&mut self, results: &mut dyn FnMut(&mut dyn FnMut(TensorResult<'_>))) {
+    pub fn apply(&mut self, results: &mut Results<'_>) {
         self.optimizer.begin_step(RATE);
         let Self {
             parameters,

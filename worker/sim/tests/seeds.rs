@@ -1,4 +1,5 @@
 //! Seeds as everyone runs them.
+#![allow(clippy::unwrap_used, reason = "tests")]
 
 use arc_topk_sim::coverage::Coverage;
 use arc_topk_sim::sabotage::Sabotage;
