@@ -97,7 +97,7 @@ pub struct AlgorithmConfig {
     #[arg(long, env = "ARC_COMPRESSOR", value_enum, default_value_t = Self::default().compressor)]
     pub compressor: Compressor,
     /// What becomes of the part of a gradient that was not sent. ef14 trains best with adaptive optimizers. ef21 and
-    /// ef21m need wire_down, wire_dense and wire_warmup f32, and end with the first worker that is lost.
+    /// ef21m need wire_down, wire_dense and wire_warmup f32, and every worker in every round: one that is lost costs a dense round.
     #[arg(long, env = "ARC_FEEDBACK", value_enum, default_value_t = Self::default().feedback)]
     pub feedback: Feedback,
     /// How ef21 and ef21m start: from one dense round, or from zeros.

@@ -32,6 +32,8 @@ pub(super) struct Applicant {
     elastic: bool,
     /// Who was asked to help it, and when.
     pub(super) donor: Option<(Rank, Duration)>,
+    /// Over which connection: a donor that comes on another may not have heard.
+    asked_on: Option<SessionId>,
 }
 
 impl Shard {
@@ -60,6 +62,7 @@ impl Shard {
             start: start_step,
             elastic,
             donor: None,
+            asked_on: None,
         };
         self.check_plan(hello)?;
         self.gather(applicant, &hello.plan)?;
@@ -223,7 +226,12 @@ impl Shard {
             let late = |since: Duration| now.saturating_sub(since) >= DONOR_TIMEOUT;
             let before = applicant.donor;
             let stands = before.filter(|(rank, since)| can_donate(*rank) && !late(*since));
-            if stands.is_some() {
+            if let Some((rank, _)) = stands {
+                let session = members.session(rank);
+                if applicant.asked_on != session {
+                    applicant.asked_on = session;
+                    asked.insert(rank, true);
+                }
                 continue;
             }
             // The next one after the donor that failed, from the first again after the last.
@@ -237,6 +245,7 @@ impl Shard {
                 .find(|rank| before.is_some_and(|(failed, _)| **rank > failed))
                 .or(able.first());
             applicant.donor = next.map(|rank| (*rank, now));
+            applicant.asked_on = next.and_then(|rank| members.session(*rank));
             asked.extend(next.map(|rank| (*rank, true)));
         }
         // Those beyond lost their room to members that came back.

@@ -175,8 +175,7 @@ impl Members {
             .filter(|(_, member)| member.is_live(now, step, forgiving))
             .map(|(rank, _)| rank)
             .collect();
-        let later = Step(u64::MAX);
-        if !live.is_empty() || self.iter().any(|(_, m)| m.is_live(now, later, forgiving)) {
+        if !live.is_empty() {
             return live;
         }
         self.iter()
