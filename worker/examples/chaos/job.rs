@@ -141,8 +141,8 @@ impl<'a> Job<'a> {
             done_at: None,
             stop,
         };
-        for shard in 0..shards {
-            job.slots[shard].address = format!("{}:0", hosts[shard]);
+        for (shard, host) in hosts.iter().enumerate().take(shards) {
+            job.slots[shard].address = format!("{host}:0");
             job.begin(shard)?;
         }
         while !job.slots[..shards]
