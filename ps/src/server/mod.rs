@@ -301,6 +301,8 @@ impl Server {
             source: options.identity,
             hurry: hurry.clone(),
         };
+        // Before anybody can look at the metrics.
+        renewal.end_of(&identity);
         let renewal = tokio::spawn(renewal.run(identity, stopped));
         let reading = hub.clone();
         // Training need not wait for gigabytes to be read; the store's requests do.

@@ -72,7 +72,8 @@ impl Renewal {
         outcome.ok()
     }
 
-    fn end_of(&self, identity: &Identity) -> Option<SystemTime> {
+    /// Shows when the certificate ends.
+    pub(super) fn end_of(&self, identity: &Identity) -> Option<SystemTime> {
         // Loading has looked at the end: it can be read.
         let end = identity.not_after().ok()?;
         let timestamp = end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());

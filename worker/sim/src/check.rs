@@ -6,7 +6,7 @@
 //! - **I2** A contribution is in an answer at most once, and what its worker believes of that is what the answer's roster
 //!   says; so under ef14 all gradients given = residual + what was counted.
 //! - **I3** An answer is a function of the contributions in its roster, in rank order: it is computed again from what
-//!   the shard was sent, by [`reference`](crate::reference), and compared byte by byte; or it is what a worker held.
+//!   the shard was sent, by [`mod@crate::reference`], and compared byte by byte; or it is what a worker held.
 
 use crate::reference::{self, Contribution};
 use crate::sabotage::Sabotage;

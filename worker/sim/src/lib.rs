@@ -12,7 +12,7 @@
 //! | [`world`] | processes and events |
 //! | [`wires`] | connections and clocks |
 //! | [`trainer`] | the model, and the books of the feedback rule |
-//! | [`check`], [`reference`], `books`, `estimates` | invariants |
+//! | [`check`], [`mod@reference`], `books`, `estimates` | invariants |
 //! | [`sabotage`] | bugs on purpose |
 //! | [`coverage`], [`trace`] | what was seen |
 
