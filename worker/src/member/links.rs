@@ -148,8 +148,10 @@ impl Member {
         let held = self.machine.held(shard);
         let frames = u32::try_from(held.len()).unwrap_or(u32::MAX);
         // It need not wait for those that are away.
-        let membership = self.membership("told to a shard that was restarted");
-        self.send(shard, membership, out);
+        if !self.gone.is_empty() {
+            let membership = self.membership("told to a shard that was restarted");
+            self.send(shard, membership, out);
+        }
         self.send(shard, Control::Retelling { frames }, out);
         self.frames = held;
         self.send_frames(out)
