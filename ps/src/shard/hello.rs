@@ -258,9 +258,10 @@ impl Shard {
                 detail: "the worker came on another connection".to_owned(),
             });
         }
-        // One that is behind first replays what it missed; the others need not wait for that.
+        // One that is far behind first replays what it missed; the others need not wait for that. After a short loss, which
+        // costs an answer or two, they do.
         let at = job.rounds.step();
-        let from = if job.is_running() && step < at {
+        let from = if job.is_running() && step.0.saturating_add(1) < at.0 {
             Step(at.0.saturating_add(STEP_WINDOW))
         } else {
             step
