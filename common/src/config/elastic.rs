@@ -29,7 +29,8 @@ pub struct ElasticArgs {
     )]
     pub straggler_timeout_seconds: f64,
     /// Lets workers whose parameters differ from those of the most (see --digest-every) join again with a copy of the
-    /// others'. Without it the difference is only reported: it has a cause, which this would hide.
+    /// others'. Without it the difference is only reported: it has a cause, which this would hide. Where no more workers
+    /// than --min-workers are left it is only reported, too: without one of them the job would end.
     #[arg(long, env = "ARC_RESYNC", value_parser = FalseyValueParser::new())]
     pub resync: bool,
 }

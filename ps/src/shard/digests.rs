@@ -13,29 +13,60 @@ const STEPS: usize = 8;
 
 type Digest = [u8; 32];
 
-/// Hashes that have come, by step.
+/// Hashes that have come.
 #[derive(Debug, Default)]
-pub(super) struct Digests(BTreeMap<Step, BTreeMap<Rank, Digest>>);
+pub(super) struct Digests {
+    /// Of steps that are not complete.
+    waiting: BTreeMap<Step, BTreeMap<Rank, Digest>>,
+    /// What most had in the newest steps that were compared: a worker that caught up since has to have the same.
+    compared: BTreeMap<Step, Digest>,
+}
 
 impl Digests {
-    /// How many wait.
+    /// How many are held.
     pub(super) fn held(&self) -> usize {
-        self.0.values().map(BTreeMap::len).sum()
+        self.waiting.values().map(BTreeMap::len).sum::<usize>() + self.compared.len()
+    }
+
+    /// Takes one. If that completes a step for all that are `wanted`, or is late to one: the step, and who differs there.
+    fn take(
+        &mut self,
+        step: Step,
+        rank: Rank,
+        digest: Digest,
+        wanted: &[Rank],
+    ) -> Option<(Step, Vec<Rank>)> {
+        if let Some(most) = self.compared.get(&step) {
+            return Some((step, Vec::from_iter((digest != *most).then_some(rank))));
+        }
+        let of_step = self.waiting.entry(step).or_default();
+        of_step.insert(rank, digest);
+        let (step, digests) = if wanted.iter().all(|rank| of_step.contains_key(rank)) {
+            self.waiting.remove_entry(&step)?
+        } else if self.waiting.len() > STEPS {
+            self.waiting.pop_first()?
+        } else {
+            return None;
+        };
+        let most = most_frequent(&digests)?;
+        self.compared.insert(step, most);
+        if self.compared.len() > STEPS {
+            self.compared.pop_first();
+        }
+        let differs = digests.into_iter().filter(|(_, digest)| *digest != most);
+        Some((step, differs.map(|(rank, _)| rank).collect()))
     }
 }
 
-/// Those that differ from the most, ascending. Of two that are equally frequent the one that the lowest rank has counts.
-fn outliers(digests: &BTreeMap<Rank, Digest>) -> Vec<Rank> {
+/// What most have. Of two that are equally frequent, what the lowest rank has.
+fn most_frequent(digests: &BTreeMap<Rank, Digest>) -> Option<Digest> {
     let mut counts: BTreeMap<Digest, (usize, core::cmp::Reverse<Rank>)> = BTreeMap::new();
     for (rank, digest) in digests {
         let first = (0, core::cmp::Reverse(*rank));
         counts.entry(*digest).or_insert(first).0 += 1;
     }
-    let Some((most, _)) = counts.iter().max_by_key(|(_, count)| **count) else {
-        return Vec::new();
-    };
-    let differs = digests.iter().filter(|(_, digest)| *digest != most);
-    differs.map(|(rank, _)| *rank).collect()
+    let most = counts.into_iter().max_by_key(|(_, count)| *count);
+    most.map(|(digest, _)| digest)
 }
 
 impl Shard {
@@ -47,64 +78,46 @@ impl Shard {
         digest: Digest,
         out: &mut Vec<Action>,
     ) {
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        let Some(rank) = job.members.rank(session) else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         // A digest follows its steps. (A shard that owns nothing of any bucket sees no steps.)
         if job.rounds.buckets_here() > 0 && step > job.rounds.step() {
             return;
         }
-        let table = &mut job.digests.0;
-        table.entry(step).or_default().insert(rank, digest);
         let wanted = job.members.iter().filter(|(_, m)| {
             m.session().is_some() && matches!(m.waited, Waited::From(from) if from < step)
         });
-        let complete = wanted
-            .map(|(rank, _)| rank)
-            .all(|rank| table.get(&step).is_some_and(|of| of.contains_key(&rank)));
-        if complete {
-            let digests = table.remove(&step).unwrap_or_default();
-            self.compare(now, step, &digests, out);
-        } else if table.len() > STEPS
-            && let Some((oldest, digests)) = table.pop_first()
+        let wanted: Vec<Rank> = wanted.map(|(rank, _)| rank).collect();
+        if let Some((step, ranks)) = job.digests.take(step, rank, digest, &wanted)
+            && !ranks.is_empty()
         {
-            self.compare(now, oldest, &digests, out);
+            job.members.broadcast(
+                &Control::DigestsDiffer {
+                    step,
+                    ranks: ranks.clone(),
+                },
+                out,
+            );
+            out.push(Action::Observe(Observation::DigestsDiffer {
+                step,
+                ranks: ranks.clone(),
+            }));
+            self.resync(now, step, ranks, out);
         }
     }
 
-    fn compare(
-        &mut self,
-        now: Duration,
-        step: Step,
-        digests: &BTreeMap<Rank, Digest>,
-        out: &mut Vec<Action>,
-    ) {
-        let ranks = outliers(digests);
-        let Some(job) = self.job.as_ref().filter(|_| !ranks.is_empty()) else {
-            return;
-        };
-        out.push(Action::Observe(Observation::DigestsDiffer {
-            step,
-            ranks: ranks.clone(),
-        }));
-        let message = Control::DigestsDiffer {
-            step,
-            ranks: ranks.clone(),
-        };
-        out.extend(job.members.sessions().map(|(_, session)| Action::Control {
-            session,
-            message: message.clone(),
-        }));
-        if self.config.resync {
-            for rank in ranks {
-                let detail = format!(
-                    "the parameters of rank {rank} differ from those of the most at step {step}: join again, with the others' state"
-                );
-                self.fault(now, rank, Fault::Differs(detail), out);
+    /// Lets workers that differ join again, if that is wanted.
+    fn resync(&mut self, now: Duration, step: Step, ranks: Vec<Rank>, out: &mut Vec<Action>) {
+        for rank in ranks {
+            // Until it is back the job has one less, and must not end by that.
+            if !self.config.resync || self.has_none_to_spare() {
+                return;
             }
+            let detail = format!(
+                "the parameters of rank {rank} differ from those of the most at step {step}: join again, with the others' state"
+            );
+            self.fault(now, rank, Fault::Differs(detail), out);
         }
     }
 }
@@ -113,14 +126,15 @@ impl Shard {
 mod tests {
     use super::*;
 
+    /// Those that differ once the last of all has come.
     fn of(digests: &[(u16, u8)]) -> Vec<u16> {
-        let digests = digests
+        let mut table = Digests::default();
+        let wanted: Vec<Rank> = digests.iter().map(|(rank, _)| Rank(*rank)).collect();
+        let taken = digests
             .iter()
-            .map(|(rank, byte)| (Rank(*rank), [*byte; 32]));
-        outliers(&digests.collect())
-            .into_iter()
-            .map(|rank| rank.0)
-            .collect()
+            .filter_map(|(rank, byte)| table.take(Step(1), Rank(*rank), [*byte; 32], &wanted));
+        let ranks = taken.last().map(|(_, ranks)| ranks);
+        ranks.into_iter().flatten().map(|rank| rank.0).collect()
     }
 
     #[test]
@@ -130,5 +144,22 @@ mod tests {
         assert_eq!(of(&[(0, 9), (1, 1)]), [1]);
         assert!(of(&[(4, 7), (9, 7)]).is_empty());
         assert!(of(&[]).is_empty());
+    }
+
+    #[test]
+    fn no_more_steps_are_held_than_wait_or_were_compared_lately() {
+        let mut table = Digests::default();
+        for step in 0..100 {
+            table.take(Step(step), Rank(0), [1; 32], &[Rank(0), Rank(1)]);
+            assert!(table.held() <= 2 * STEPS);
+        }
+        // The oldest were compared without the second one, which comes late to them.
+        let late = |table: &mut Digests, step, byte| {
+            table.take(Step(step), Rank(1), [byte; 32], &[Rank(0), Rank(1)])
+        };
+        assert_eq!(late(&mut table, 91, 1), Some((Step(91), vec![])));
+        assert_eq!(late(&mut table, 91, 2), Some((Step(91), vec![Rank(1)])));
+        // One that is forgotten is no news.
+        assert!(late(&mut table, 3, 2).is_none_or(|(_, ranks)| ranks.is_empty()));
     }
 }

@@ -27,16 +27,14 @@ impl Shard {
         if header.flags.held {
             return self.held(now, session, header, body, out);
         }
-        let rank = self.job.as_ref().and_then(|job| job.members.rank(session));
-        let Some(rank) = rank else {
+        let limits = self.limits;
+        let Some((job, rank)) = self.member_of(session) else {
             let detail =
                 "a round frame came before the Welcome: say Hello and wait for it".to_owned();
             return self.violation(now, session, detail, out);
         };
-        if let Some(job) = &mut self.job
-            && job.is_telling(rank)
-        {
-            let parked = job.park_until_told(rank, header, body, &self.limits);
+        if job.is_telling(rank) {
+            let parked = job.park_until_told(rank, header, body, &limits);
             return match parked {
                 Ok(()) => {}
                 Err(detail) => self.violation(now, session, detail, out),

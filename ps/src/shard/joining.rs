@@ -14,7 +14,7 @@ use arc_topk_common::ids::{Epoch, Rank, RunId, Step};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::{Control, Hello, Intent, MAX_WORLD, RefusalCode, Welcome};
 use core::time::Duration;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 /// How long a donor may take before another one is asked.
 const DONOR_TIMEOUT: Duration = Duration::from_secs(600);
@@ -30,10 +30,17 @@ pub(super) struct Applicant {
     start: Step,
     /// It can take its state from a snapshot.
     elastic: bool,
-    /// Who was asked to help it, and when.
-    pub(super) donor: Option<(Rank, Duration)>,
-    /// Over which connection: a donor that comes on another may not have heard.
-    asked_on: Option<SessionId>,
+    /// Who was asked to help it.
+    donor: Option<Donor>,
+}
+
+/// A member that was asked for a snapshot.
+#[derive(Clone, Copy, Debug)]
+struct Donor {
+    rank: Rank,
+    since: Duration,
+    /// Over which connection: one that comes on another may not have heard.
+    session: Option<SessionId>,
 }
 
 impl Shard {
@@ -62,7 +69,6 @@ impl Shard {
             start: start_step,
             elastic,
             donor: None,
-            asked_on: None,
         };
         self.check_plan(hello)?;
         self.gather(applicant, &hello.plan)?;
@@ -161,7 +167,11 @@ impl Shard {
             }));
             return;
         }
-        let applicants = core::mem::take(&mut job.applicants);
+        let mut applicants = core::mem::take(&mut job.applicants);
+        // More than the world may have gathered. Ranks that were asked for are kept for those who did.
+        applicants.sort_by_key(|applicant| applicant.asked.is_none());
+        let most = usize::from(self.config.max_workers.max(world));
+        job.applicants = applicants.split_off(applicants.len().min(most));
         let start = applicants.first().map_or(Step(0), |first| first.start);
         // Of nothing that a worker keeps to itself: all members know it.
         self.starts += 1;
@@ -171,7 +181,6 @@ impl Shard {
         job.rounds.begin();
         let given = give_ranks(&applicants);
         let ranks: Vec<Rank> = given.keys().copied().collect();
-        // More than the world may have gathered, while an earlier start of the job came to its end.
         let next_rank = ranks.last().map_or(0, |rank| rank.0.saturating_add(1));
         job.members.learn(Epoch(1), next_rank.max(world), &ranks);
         let mut welcomes = Vec::with_capacity(given.len());
@@ -188,6 +197,7 @@ impl Shard {
             world,
             step: start,
         }));
+        self.refuse_the_inelastic(out);
     }
 
     /// When a world that is complete begins, if it has to wait.
@@ -221,45 +231,44 @@ impl Shard {
                 member.session().is_some() && matches!(member.waited, Waited::From(_))
             })
         };
-        let mut asked: BTreeMap<Rank, bool> = BTreeMap::new();
+        let mut asked = BTreeSet::new();
         for applicant in job.applicants.iter_mut().take(room) {
             let late = |since: Duration| now.saturating_sub(since) >= DONOR_TIMEOUT;
             let before = applicant.donor;
-            let stands = before.filter(|(rank, since)| can_donate(*rank) && !late(*since));
-            if let Some((rank, _)) = stands {
-                let session = members.session(rank);
-                if applicant.asked_on != session {
-                    applicant.asked_on = session;
-                    asked.insert(rank, true);
-                }
-                continue;
-            }
+            let stands = before.filter(|donor| can_donate(donor.rank) && !late(donor.since));
             // The next one after the donor that failed, from the first again after the last.
-            let able: Vec<Rank> = members
-                .iter()
-                .map(|(rank, _)| rank)
-                .filter(|rank| can_donate(*rank))
-                .collect();
-            let next = able
-                .iter()
-                .find(|rank| before.is_some_and(|(failed, _)| **rank > failed))
-                .or(able.first());
-            applicant.donor = next.map(|rank| (*rank, now));
-            applicant.asked_on = next.and_then(|rank| members.session(*rank));
-            asked.extend(next.map(|rank| (*rank, true)));
+            let next = || {
+                let able = || {
+                    members
+                        .iter()
+                        .map(|(rank, _)| rank)
+                        .filter(|r| can_donate(*r))
+                };
+                let after = able().find(|rank| before.is_some_and(|failed| *rank > failed.rank));
+                let rank = after.or_else(|| able().next())?;
+                Some(Donor {
+                    rank,
+                    since: now,
+                    session: None,
+                })
+            };
+            applicant.donor = stands.or_else(next);
+            if let Some(donor) = &mut applicant.donor {
+                let session = members.session(donor.rank);
+                if donor.session != session {
+                    donor.session = session;
+                    asked.extend(session);
+                }
+            }
         }
         // Those beyond lost their room to members that came back.
         for applicant in job.applicants.iter_mut().skip(room) {
             applicant.donor = None;
         }
-        for rank in asked.into_keys() {
-            if let Some(session) = job.members.session(rank) {
-                out.push(Action::Control {
-                    session,
-                    message: Control::Donate,
-                });
-            }
-        }
+        out.extend(asked.into_iter().map(|session| Action::Control {
+            session,
+            message: Control::Donate,
+        }));
     }
 
     /// A donor has put its snapshot into the store.
@@ -270,13 +279,12 @@ impl Shard {
         step: Step,
         out: &mut Vec<Action>,
     ) {
-        let Some(job) = &mut self.job else {
+        let config = self.config.clone();
+        let Some((job, donor)) = self.member_of(session) else {
             return;
         };
-        let Some(donor) = job.members.rank(session) else {
-            return;
-        };
-        let helped = |applicant: &Applicant| applicant.donor.is_some_and(|(rank, _)| rank == donor);
+        let helped =
+            |applicant: &Applicant| applicant.donor.is_some_and(|asked| asked.rank == donor);
         // A coordinator that was restarted meanwhile, or those that waited are gone: nobody asks for it any more.
         if !job.is_running() || !job.applicants.iter().any(helped) {
             return;
@@ -291,14 +299,14 @@ impl Shard {
         }
         job.rounds.pin(now, step);
         // Members that came back meanwhile have taken their room.
-        let mut room = job.room(&self.config);
+        let mut room = job.room(&config);
         let mut served = Vec::new();
         for mut applicant in core::mem::take(&mut job.applicants) {
             if helped(&applicant) && room > 0 {
                 room -= 1;
                 served.push(applicant);
             } else {
-                applicant.donor = applicant.donor.filter(|(rank, _)| *rank != donor);
+                applicant.donor = applicant.donor.filter(|asked| asked.rank != donor);
                 job.applicants.push(applicant);
             }
         }
@@ -383,9 +391,7 @@ impl Shard {
 
     /// Somebody is going to replay the rounds from `step` on.
     pub(super) fn donating(&mut self, now: Duration, session: SessionId, step: Step) {
-        if let Some(job) = &mut self.job
-            && job.members.rank(session).is_some()
-        {
+        if let Some((job, _)) = self.member_of(session) {
             job.rounds.pin(now, step);
         }
     }
@@ -398,10 +404,7 @@ impl Shard {
         step: Step,
         out: &mut Vec<Action>,
     ) {
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        let Some(rank) = job.members.rank(session) else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         if let Some(member) = job.members.get_mut(rank) {
@@ -417,10 +420,7 @@ impl Shard {
 
     /// A member cannot reach another shard.
     pub(super) fn cut_off(&mut self, now: Duration, session: SessionId, out: &mut Vec<Action>) {
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        let Some(rank) = job.members.rank(session) else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         if let Some(member) = job.members.get_mut(rank) {
@@ -441,7 +441,7 @@ impl super::Job {
         let donors = self
             .applicants
             .iter()
-            .filter_map(|applicant| Some(applicant.donor?.1 + DONOR_TIMEOUT));
+            .filter_map(|applicant| Some(applicant.donor?.since + DONOR_TIMEOUT));
         // Members that are all away may come back; when they do not, those that wait start the job anew.
         let away = self.members.away().map(|(_, since)| since).max();
         let all_away = away

@@ -38,9 +38,8 @@ impl Shard {
         for_good: bool,
         out: &mut Vec<Action>,
     ) {
-        let member = self.job.as_ref().and_then(|job| job.members.rank(session));
-        match (&mut self.job, member) {
-            (Some(job), Some(rank)) if !for_good => {
+        match self.member_of(session) {
+            Some((job, rank)) if !for_good => {
                 job.members.detach(now, session, true);
                 let text = format!("rank {rank} is away: {reason}");
                 out.push(Action::Observe(Observation::Away { rank, reason }));
@@ -162,10 +161,7 @@ impl Shard {
             away: job.members.away().map(|(rank, _)| rank).collect(),
             reason: reason.to_owned(),
         };
-        out.extend(job.members.sessions().map(|(_, session)| Action::Control {
-            session,
-            message: message.clone(),
-        }));
+        job.members.broadcast(&message, out);
     }
 
     /// A worker passes on what shard 0 said of the members.
@@ -177,13 +173,10 @@ impl Shard {
         members: &[Rank],
         away: &[Rank],
     ) {
-        let running = self.is_running();
-        let Some(job) = &mut self.job else {
+        let coordinates = self.config.shard == ShardId(0) && self.is_running();
+        let Some((job, _)) = self.member_of(session).filter(|_| !coordinates) else {
             return;
         };
-        if job.members.rank(session).is_none() || self.config.shard == ShardId(0) && running {
-            return;
-        }
         job.members.learn(epoch, next_rank, members);
         if epoch >= job.members.epoch {
             job.members.gone = away.iter().copied().collect();

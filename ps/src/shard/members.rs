@@ -1,10 +1,9 @@
 //! Who is in the job, as this shard sees it: a table without decisions.
 
-use super::event::{Report, SessionId};
+use super::event::{Action, Report, SessionId};
 use super::stragglers::Lateness;
 use arc_topk_common::ids::{Epoch, Rank, Step};
-use arc_topk_common::wire::FrameHeader;
-use arc_topk_common::wire::Place;
+use arc_topk_common::wire::{Control, FrameHeader, Place};
 use bytes::Bytes;
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
@@ -15,6 +14,10 @@ pub const RETURN_GRACE: Duration = Duration::from_secs(1);
 
 /// Changes of the membership that a restarted coordinator may not have been told.
 const EPOCHS_MISSED: u32 = 1024;
+
+/// Changes of the membership that a coordinator may have made without any member that comes to its successor hearing of
+/// them. Far below [`EPOCHS_MISSED`], so that some restarts in a row are not taken for a lie.
+const EPOCHS_UNHEARD: u32 = 16;
 
 /// How a member is connected.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -166,6 +169,14 @@ impl Members {
             .filter_map(|(rank, member)| Some((rank, member.session()?)))
     }
 
+    /// Sends all connected members the same.
+    pub(super) fn broadcast(&self, message: &Control, out: &mut Vec<Action>) {
+        out.extend(self.sessions().map(|(_, session)| Action::Control {
+            session,
+            message: message.clone(),
+        }));
+    }
+
     /// Ranks for which rounds of `step` wait. Where rounds wait for nobody, those that are connected and do not say that
     /// they are cut off: a worker that joined while the last of the others died must not wait for them for ever.
     pub(super) fn live(&self, now: Duration, step: Step) -> BTreeSet<Rank> {
@@ -250,6 +261,12 @@ impl Members {
         let listed = &self.listed;
         self.table
             .retain(|rank, member| listed.contains(rank) || member.session().is_some());
+    }
+
+    /// The coordinator was restarted. Its predecessor may have made lists of which only some members know: the new one
+    /// gets a number that none of those has.
+    pub(super) fn outnumber_forgotten_lists(&mut self) {
+        self.epoch = Epoch(self.epoch.0.saturating_add(EPOCHS_UNHEARD));
     }
 
     /// Others know of a newer list than shard 0, which was restarted and told too little: its own gets the higher number.

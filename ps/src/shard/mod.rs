@@ -61,7 +61,7 @@ pub use status::{
     JournalLine, LossPoint, MemberStatus, OpenRound, PlanStatus, Stage, Standing, Status, Totals,
 };
 
-use arc_topk_common::ids::{Epoch, RunId, ShardId, Step};
+use arc_topk_common::ids::{Epoch, Rank, RunId, ShardId, Step};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{Control, Direction, MAX_ROSTER_BYTES, RefusalCode, RoundShape};
 use core::time::Duration;
@@ -358,6 +358,14 @@ impl Shard {
             })
     }
 
+    /// Whether the job would end if one more member went, or has too few already.
+    fn has_none_to_spare(&self) -> bool {
+        self.job.as_ref().is_some_and(|job| {
+            let members = job.members.count() + job.applicants.len();
+            members <= usize::from(self.config.min_workers)
+        })
+    }
+
     fn control(
         &mut self,
         now: Duration,
@@ -393,16 +401,13 @@ impl Shard {
     }
 
     fn report(&mut self, session: SessionId, report: Report, out: &mut Vec<Action>) {
-        let Some(job) = &mut self.job else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         // A report follows its step. (A shard that owns nothing of any bucket sees no steps.)
         if job.rounds.buckets_here() > 0 && report.step > job.rounds.step() {
             return;
         }
-        let Some(rank) = job.members.rank(session) else {
-            return;
-        };
         if let Some(member) = job.members.get_mut(rank) {
             member.report = Some(report);
         }
@@ -421,6 +426,13 @@ impl Shard {
         if self.knows(session) {
             self.turn_out(now, session, RefusalCode::Protocol, detail, out);
         }
+    }
+
+    /// The job and the rank of a member's session. `None` of any other one, as of a member that was removed meanwhile.
+    fn member_of(&mut self, session: SessionId) -> Option<(&mut Job, Rank)> {
+        let job = self.job.as_mut()?;
+        let rank = job.members.rank(session)?;
+        Some((job, rank))
     }
 
     /// Whether the session said Hello and was not removed since.

@@ -14,7 +14,7 @@ use super::members::Told;
 use super::reply::Held;
 use super::rounds::Fault;
 use super::{Job, Life, Shard};
-use arc_topk_common::ids::{Rank, Step};
+use arc_topk_common::ids::{Rank, ShardId, Step};
 use arc_topk_common::wire::{FrameHeader, RefusalCode};
 use bytes::Bytes;
 use core::time::Duration;
@@ -85,13 +85,10 @@ impl Shard {
         frames: u32,
         out: &mut Vec<Action>,
     ) {
-        let Some(job) = &mut self.job else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         let most = job.most_told();
-        let Some(rank) = job.members.rank(session) else {
-            return;
-        };
         if frames > most {
             let detail = format!(
                 "rank {rank} announces {frames} answers, above the limit of {most}: run the same release everywhere"
@@ -130,10 +127,7 @@ impl Shard {
         body: Bytes,
         out: &mut Vec<Action>,
     ) {
-        let Some(job) = &mut self.job else {
-            return;
-        };
-        let Some(rank) = job.members.rank(session) else {
+        let Some((job, rank)) = self.member_of(session) else {
             return;
         };
         if let Err(detail) = job.check_told(rank, &header, body.len()) {
@@ -181,6 +175,7 @@ impl Shard {
 
     /// Goes on as soon as everything is told, or nobody is waited for any more.
     pub(super) fn end_recovery(&mut self, now: Duration, out: &mut Vec<Action>) {
+        let coordinates = self.config.shard == ShardId(0);
         let Some(job) = &mut self.job else {
             return;
         };
@@ -203,6 +198,9 @@ impl Shard {
             seconds: now.saturating_sub(recovery.since).as_secs_f64(),
         }));
         job.life = Life::Running;
+        if coordinates {
+            job.members.outnumber_forgotten_lists();
+        }
         let mut behind = job.rounds.settle(step);
         behind.extend(job.uncomparable(step));
         job.expect_the_missing(now);

@@ -2,11 +2,6 @@
 
 use super::*;
 
-/// A dense frame of zeros from the worker of this session.
-fn dense(bench: &mut Bench, session: u64, step: u64) -> Vec<Action> {
-    bench.send(session, step, FrameKind::Dense, vec![0; 68])
-}
-
 /// The worker of `rank` comes on another session.
 fn back(bench: &mut Bench, rank: u16, session: u64, step: u64) -> Vec<Action> {
     let hello = member(&bench.plan.spec, place(rank, &[0, 1, 2]), step);
@@ -33,8 +28,8 @@ fn rounds_wait_a_moment_for_one_whose_connection_is_lost() {
     };
     assert_eq!(messages(&actions), [(0, away.clone()), (1, away)]);
     assert_eq!(standing(&bench, 2), Standing::Away);
-    dense(&mut bench, 0, 0);
-    assert_eq!(answers(&dense(&mut bench, 1, 0)), []);
+    bench.dense(0, 0);
+    assert_eq!(answers(&bench.dense(1, 0)), []);
     assert_eq!(bench.shard.next_deadline(), Some(gone + RETURN_GRACE));
     let end = gone + RETURN_GRACE;
     assert_eq!(bench.tick_at(end - Duration::from_nanos(1)), []);
@@ -44,16 +39,16 @@ fn rounds_wait_a_moment_for_one_whose_connection_is_lost() {
     let closed = closed_round(&actions).unwrap();
     assert_eq!((closed.outcome, closed.contributors), (Outcome::Partial, 2));
     // The next ones do not wait at all.
-    dense(&mut bench, 0, 1);
-    assert_eq!(answers(&dense(&mut bench, 1, 1)).len(), 2);
+    bench.dense(0, 1);
+    assert_eq!(answers(&bench.dense(1, 1)).len(), 2);
 }
 
 #[test]
 fn one_that_is_back_within_the_moment_has_missed_nothing() {
     let mut bench = Bench::running(3, Compressor::Dense);
-    dense(&mut bench, 2, 0);
+    bench.dense(2, 0);
     bench.cut(2);
-    dense(&mut bench, 0, 0);
+    bench.dense(0, 0);
     let actions = back(&mut bench, 2, 12, 0);
     let welcome = &welcomes(&actions)[0].1;
     assert!(!welcome.retell, "this shard has forgotten nothing");
@@ -64,8 +59,8 @@ fn one_that_is_back_within_the_moment_has_missed_nothing() {
     };
     assert_eq!((reason, away), ("rank 2 (host:1) is connected", &[][..]));
     // It sends what was not answered again; that counts once.
-    assert_eq!(refusals(&dense(&mut bench, 12, 0)), []);
-    let actions = dense(&mut bench, 1, 0);
+    assert_eq!(refusals(&bench.dense(12, 0)), []);
+    let actions = bench.dense(1, 0);
     let to: Vec<_> = answers(&actions).iter().map(|answer| answer.0).collect();
     assert_eq!(to, [0, 1, 12], "the answer goes where it asked last");
     let closed = closed_round(&actions).unwrap();
@@ -96,23 +91,23 @@ fn a_session_that_is_replaced_is_closed_and_heard_no_more() {
     let actions = back(&mut bench, 2, 12, 0);
     assert_eq!(replaced(&actions), [2]);
     assert_eq!(ranks(&actions), [(12, 2)]);
-    assert_eq!(dense(&mut bench, 2, 0), [], "what was under way on it");
+    assert_eq!(bench.dense(2, 0), [], "what was under way on it");
     assert_eq!(bench.cut(2), [], "its end is no loss");
     assert_eq!(bench.lose(2), []);
     assert_eq!(bench.shard.status(bench.now).members.len(), 3);
     for session in [0, 1] {
-        dense(&mut bench, session, 0);
+        bench.dense(session, 0);
     }
-    assert_eq!(answers(&dense(&mut bench, 12, 0)).len(), 3);
+    assert_eq!(answers(&bench.dense(12, 0)).len(), 3);
 }
 
 #[test]
 fn one_session_sends_a_frame_once_even_after_a_return() {
     let mut bench = Bench::running(3, Compressor::Dense);
-    dense(&mut bench, 2, 0);
+    bench.dense(2, 0);
     back(&mut bench, 2, 12, 0);
-    assert_eq!(refusals(&dense(&mut bench, 12, 0)), []);
-    let (session, code, detail) = refusals(&dense(&mut bench, 12, 0)).remove(0);
+    assert_eq!(refusals(&bench.dense(12, 0)), []);
+    let (session, code, detail) = refusals(&bench.dense(12, 0)).remove(0);
     assert_eq!((session, code), (12, RefusalCode::Protocol));
     assert!(detail.contains("sent its Dense frame twice"), "{detail}");
 }
@@ -121,8 +116,8 @@ fn one_session_sends_a_frame_once_even_after_a_return() {
 fn an_absent_frame_counts_for_nothing_and_may_not_come_twice() {
     let mut bench = Bench::running(3, Compressor::Dense);
     bench.ask(2, 0, FrameKind::Dense);
-    dense(&mut bench, 0, 0);
-    let actions = dense(&mut bench, 1, 0);
+    bench.dense(0, 0);
+    let actions = bench.dense(1, 0);
     assert_eq!(roster(&actions), [0, 1]);
     let counted: Vec<_> = answers(&actions)
         .iter()
@@ -183,9 +178,9 @@ fn one_that_was_away_replays_what_is_kept() {
         )));
     }
     // Then it takes part again.
-    dense(&mut bench, 12, steps);
-    dense(&mut bench, 0, steps);
-    assert_eq!(roster(&dense(&mut bench, 1, steps)), [0, 1, 2]);
+    bench.dense(12, steps);
+    bench.dense(0, steps);
+    assert_eq!(roster(&bench.dense(1, steps)), [0, 1, 2]);
 }
 
 #[test]
@@ -210,7 +205,7 @@ fn a_contribution_that_comes_too_late_is_said_to_be_so() {
     let closed = bench.now;
     back(&mut bench, 2, 12, 0);
     bench.now = closed + Duration::from_secs(2) - Duration::from_millis(10);
-    let actions = dense(&mut bench, 12, 0);
+    let actions = bench.dense(12, 0);
     assert!(!answers(&actions)[0].1.flags.counted);
     assert!(actions.contains(&Action::Observe(Observation::Late {
         rank: Rank(2),
@@ -255,13 +250,13 @@ fn one_that_missed_a_skip_is_told_in_whichever_phase_it_asks() {
 #[test]
 fn one_that_is_cut_off_from_another_shard_is_not_waited_for_until_it_is_ready() {
     let mut bench = Bench::running(3, Compressor::Dense);
-    dense(&mut bench, 0, 0);
-    dense(&mut bench, 1, 0);
+    bench.dense(0, 0);
+    bench.dense(1, 0);
     let actions = bench.control(2, Control::Away);
     assert_eq!(roster(&actions), [0, 1]);
     assert_eq!(standing(&bench, 2), Standing::CutOff);
     for session in 0..2 {
-        dense(&mut bench, session, 1);
+        bench.dense(session, 1);
     }
     assert_eq!(bench.shard.status(bench.now).step, Step(2));
     // It replays, as one that was away.
@@ -269,25 +264,25 @@ fn one_that_is_cut_off_from_another_shard_is_not_waited_for_until_it_is_ready() 
     bench.ask(2, 1, FrameKind::Dense);
     bench.control(2, Control::Ready { step: Step(3) });
     assert_eq!(standing(&bench, 2), Standing::Live);
-    dense(&mut bench, 0, 2);
-    assert_eq!(answers(&dense(&mut bench, 1, 2)).len(), 2, "not in step 2");
-    dense(&mut bench, 0, 3);
-    assert_eq!(answers(&dense(&mut bench, 1, 3)), []);
-    assert_eq!(roster(&dense(&mut bench, 2, 3)), [0, 1, 2]);
+    bench.dense(0, 2);
+    assert_eq!(answers(&bench.dense(1, 2)).len(), 2, "not in step 2");
+    bench.dense(0, 3);
+    assert_eq!(answers(&bench.dense(1, 3)), []);
+    assert_eq!(roster(&bench.dense(2, 3)), [0, 1, 2]);
 }
 
 #[test]
 fn a_contribution_of_one_that_is_cut_off_counts() {
     let mut bench = Bench::running(2, Compressor::Dense);
     bench.control(1, Control::Away);
-    dense(&mut bench, 1, 0);
-    assert_eq!(roster(&dense(&mut bench, 0, 0)), [0, 1]);
+    bench.dense(1, 0);
+    assert_eq!(roster(&bench.dense(0, 0)), [0, 1]);
 }
 
 #[test]
 fn where_all_are_cut_off_nothing_is_formed() {
     let mut bench = Bench::running(2, Compressor::Dense);
-    dense(&mut bench, 0, 0);
+    bench.dense(0, 0);
     bench.control(0, Control::Away);
     assert_eq!(answers(&bench.control(1, Control::Away)), []);
     let actions = bench.control(0, Control::Ready { step: Step(0) });
@@ -296,16 +291,12 @@ fn where_all_are_cut_off_nothing_is_formed() {
 
 #[test]
 fn a_round_waits_while_fewer_than_the_minimum_contribute() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
-    dense(&mut bench, 0, 0);
+    let mut bench = at_least_two_of(2, Compressor::Dense);
+    bench.dense(0, 0);
     bench.cut(1);
     assert_eq!(answers(&bench.tick(RETURN_GRACE)), []);
     back(&mut bench, 1, 11, 0);
-    assert_eq!(roster(&dense(&mut bench, 11, 0)), [0, 1]);
+    assert_eq!(roster(&bench.dense(11, 0)), [0, 1]);
 }
 
 #[test]
@@ -337,11 +328,7 @@ fn one_that_does_not_come_back_is_removed() {
 
 #[test]
 fn removing_one_may_leave_too_few() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let mut bench = at_least_two_of(2, Compressor::Dense);
     bench.cut(1);
     let actions = bench.tick(MEMBER_TIMEOUT);
     assert_eq!(refusals(&actions)[0].1, RefusalCode::TooFewWorkers);
@@ -372,7 +359,7 @@ fn a_job_whose_members_are_all_away_is_remembered_and_then_forgotten() {
 #[test]
 fn one_that_is_back_and_not_waited_for_yet_holds_nobody_up() {
     let mut bench = Bench::running(2, Compressor::Dense);
-    dense(&mut bench, 0, 0);
+    bench.dense(0, 0);
     let mut hello = member(&bench.plan.spec, place(1, &[0, 1]), 0);
     let Intent::Member { waited, .. } = &mut hello.intent else {
         unreachable!()
@@ -383,11 +370,7 @@ fn one_that_is_back_and_not_waited_for_yet_holds_nobody_up() {
 
 #[test]
 fn shards_other_than_0_remove_nobody_by_themselves() {
-    let (mut bench, spec) = second_of_two();
-    for rank in 0..2 {
-        bench.hello(u64::from(rank), to_second(&spec, rank));
-        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
-    }
+    let (mut bench, spec, _) = second_of_two_running();
     bench.cut(1);
     bench.tick(MEMBER_TIMEOUT * 2);
     assert_eq!(bench.shard.next_deadline(), None, "nothing to wake up for");
@@ -409,13 +392,7 @@ fn shards_other_than_0_remove_nobody_by_themselves() {
 
 #[test]
 fn relayed_news_makes_rounds_go_on() {
-    let (mut bench, spec) = second_of_two();
-    for rank in 0..2 {
-        bench.hello(u64::from(rank), to_second(&spec, rank));
-        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
-    }
-    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
-    let body = vec![0; shape.dense_layout().bytes];
+    let (mut bench, _, body) = second_of_two_running();
     bench.cut(1);
     assert_eq!(answers(&bench.send(0, 0, FrameKind::Dense, body)), []);
     // Its process has ended, which shard 0 saw: no need to wait for the rest of the moment.
@@ -431,16 +408,12 @@ fn relayed_news_makes_rounds_go_on() {
 
 #[test]
 fn while_all_are_cut_off_nobody_misses_its_turn() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(3)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let mut bench = at_least_two_of(3, Compressor::Dense);
     for session in 0..3 {
         bench.control(session, Control::Away);
     }
     for session in [2, 0, 1] {
-        assert_eq!(answers(&dense(&mut bench, session, 0)), []);
+        assert_eq!(answers(&bench.dense(session, 0)), []);
     }
     let actions = bench.control(1, Control::Ready { step: Step(0) });
     assert_eq!(roster(&actions), [0, 1, 2]);
@@ -448,13 +421,9 @@ fn while_all_are_cut_off_nobody_misses_its_turn() {
 
 #[test]
 fn one_that_only_takes_the_answer_is_no_worker_too_few() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let mut bench = at_least_two_of(2, Compressor::Dense);
     bench.ask(0, 0, FrameKind::Dense);
-    let actions = dense(&mut bench, 1, 0);
+    let actions = bench.dense(1, 0);
     assert_eq!(roster(&actions), [1], "rank 0 will not contribute any more");
     assert_eq!(answers(&actions).len(), 2);
 }

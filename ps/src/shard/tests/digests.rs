@@ -82,6 +82,39 @@ fn nobody_waits_for_the_digest_of_one_that_is_away_or_joins() {
 }
 
 #[test]
+fn one_that_catches_up_later_is_compared_with_what_most_had() {
+    let mut bench = stepped(true);
+    bench.cut(2);
+    digest(&mut bench, 0, 4, 7);
+    assert_eq!(digest(&mut bench, 1, 4, 7), []);
+    let spec = bench.plan.spec.clone();
+    bench.hello(12, member(&spec, place(2, &[0, 1, 2]), 4));
+    let actions = digest(&mut bench, 12, 4, 8);
+    let told: Vec<_> = messages(&actions).into_iter().take(3).collect();
+    let expected: Vec<_> = [0, 1, 12].map(|session| (session, differ(4, &[2]))).into();
+    assert_eq!(told, expected);
+    assert_eq!(refusals(&actions)[0].0, 12);
+}
+
+#[test]
+fn no_resync_ends_the_job_for_want_of_workers() {
+    let config = ShardConfig {
+        resync: true,
+        min_workers: 3,
+        ..config(3)
+    };
+    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    for step in 0..4 {
+        super::reports::step(&mut bench, 3, step);
+    }
+    digest(&mut bench, 0, 4, 7);
+    digest(&mut bench, 1, 4, 8);
+    let actions = digest(&mut bench, 2, 4, 7);
+    assert_eq!((refusals(&actions), messages(&actions).len()), (vec![], 3));
+    super::reports::step(&mut bench, 3, 4);
+}
+
+#[test]
 fn digests_of_a_slow_worker_are_waited_for_over_some_steps() {
     let mut bench = stepped(false);
     for step in 1..=4 {

@@ -15,14 +15,10 @@ fn two_of(max: u16) -> (Bench, PlanSpec) {
     (bench, spec)
 }
 
-fn dense(bench: &mut Bench, session: u64, step: u64) -> Vec<Action> {
-    bench.send(session, step, FrameKind::Dense, vec![0; 68])
-}
-
 fn steps(bench: &mut Bench, sessions: &[u64], steps: core::ops::Range<u64>) {
     for step in steps {
         for session in sessions {
-            assert_eq!(refusals(&dense(bench, *session, step)), []);
+            assert_eq!(refusals(&bench.dense(*session, step)), []);
         }
         assert_eq!(bench.shard.status(bench.now).step, Step(step + 1));
     }
@@ -84,9 +80,9 @@ fn a_joiner_gets_the_next_rank_with_a_donors_snapshot_and_catches_up() {
         assert_eq!(u64::from(answer.1.lead), 31 - step);
     }
     bench.control(7, Control::Ready { step: Step(31) });
-    dense(&mut bench, 0, 31);
-    assert_eq!(answers(&dense(&mut bench, 1, 31)), []);
-    assert_eq!(roster(&dense(&mut bench, 7, 31)), [0, 1, 2]);
+    bench.dense(0, 31);
+    assert_eq!(answers(&bench.dense(1, 31)), []);
+    assert_eq!(roster(&bench.dense(7, 31)), [0, 1, 2]);
     // The next joiner's rank is another, even after this one is gone.
     bench.lose(7);
     bench.hello(8, elastic(&spec, 8));
@@ -95,13 +91,7 @@ fn a_joiner_gets_the_next_rank_with_a_donors_snapshot_and_catches_up() {
 
 #[test]
 fn another_shard_learns_of_a_joiner_by_its_coming() {
-    let (mut bench, spec) = second_of_two();
-    for rank in 0..2 {
-        bench.hello(u64::from(rank), to_second(&spec, rank));
-        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
-    }
-    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
-    let body = vec![0; shape.dense_layout().bytes];
+    let (mut bench, spec, body) = second_of_two_running();
     let joined = Place {
         epoch: Epoch(2),
         ..place(2, &[0, 1, 2])

@@ -2,16 +2,9 @@ use super::*;
 use arc_topk_common::config::algorithm::Feedback;
 
 fn empty(world: u16) -> (Bench, PlanSpec) {
-    let spec = spec(algorithm(Compressor::Arc));
-    let plan = Plan::build(spec.clone()).unwrap();
-    (
-        Bench {
-            shard: Shard::new(config(world)),
-            now: Duration::ZERO,
-            plan,
-        },
-        spec,
-    )
+    let bench = Bench::empty(config(world), algorithm(Compressor::Arc));
+    let spec = bench.plan.spec.clone();
+    (bench, spec)
 }
 
 #[test]
@@ -43,6 +36,32 @@ fn a_worker_that_goes_while_gathering_makes_room() {
     bench.hello(2, join(&spec, Some(0), 0));
     let started = bench.hello(3, hello(&spec));
     assert_eq!(ranks(&started), [(2, 0), (3, 1)]);
+}
+
+#[test]
+fn no_more_than_the_most_start_and_the_rest_waits() {
+    let config = ShardConfig {
+        start_grace: Duration::from_secs(4),
+        max_workers: 3,
+        ..config(2)
+    };
+    let mut bench = Bench::empty(config, algorithm(Compressor::Dense));
+    let spec = bench.plan.spec.clone();
+    bench.hello(5, elastic(&spec, 5));
+    bench.hello(6, elastic(&spec, 6));
+    bench.hello(7, hello(&spec));
+    bench.hello(8, elastic(&spec, 8));
+    bench.hello(9, join(&spec, Some(1), 0));
+    let actions = bench.tick(Duration::from_secs(4));
+    assert_eq!(ranks(&actions), [(5, 0), (9, 1), (6, 2)]);
+    let refused = refusals(&actions);
+    assert_eq!(refused.len(), 1, "{refused:?}");
+    assert_eq!((refused[0].0, refused[0].1), (7, RefusalCode::World));
+    // One that can take its state from another waits until there is room.
+    let actions = bench.lose(6);
+    assert_eq!(messages(&actions).last(), Some(&(5, Control::Donate)));
+    let actions = bench.control(5, Control::Donated { step: Step(0) });
+    assert_eq!(ranks(&actions), [(8, 3)]);
 }
 
 #[test]
@@ -104,11 +123,7 @@ fn a_lost_worker_raises_the_epoch_and_the_rest_is_told() {
 
 #[test]
 fn too_few_workers_end_the_job_for_all() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Arc));
+    let mut bench = at_least_two_of(2, Compressor::Arc);
     let (session, code, detail) = refusals(&bench.lose(0)).remove(0);
     assert_eq!((session, code), (1, RefusalCode::TooFewWorkers));
     assert_eq!(
@@ -120,11 +135,7 @@ fn too_few_workers_end_the_job_for_all() {
 
 #[test]
 fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let mut bench = at_least_two_of(2, Compressor::Dense);
     let actions = bench.handle(Event::Leave {
         session: SessionId(0),
     });
@@ -136,11 +147,7 @@ fn leaving_in_order_ends_no_job_until_a_round_is_short_of_workers() {
 
 #[test]
 fn one_that_waits_for_an_answer_is_told_when_the_others_have_left() {
-    let config = ShardConfig {
-        min_workers: 2,
-        ..config(2)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+    let mut bench = at_least_two_of(2, Compressor::Dense);
     let bytes = bench.shape(0).dense_layout().bytes;
     bench.send(1, 0, FrameKind::Dense, vec![0; bytes]);
     let actions = bench.handle(Event::Leave {

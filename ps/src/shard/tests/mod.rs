@@ -143,14 +143,22 @@ fn config(world: u16) -> ShardConfig {
 
 /// Shard 1 of two, which knows nothing yet of a job of two workers, and that job's specification.
 fn second_of_two() -> (Bench, PlanSpec) {
-    let mut spec = spec(algorithm(Compressor::Dense));
-    spec.shards = 2;
-    let bench = Bench {
-        shard: Shard::new(ShardConfig::new("job", ShardId(1), 2, 2)),
-        now: Duration::ZERO,
-        plan: Plan::build(spec.clone()).unwrap(),
-    };
+    let config = ShardConfig::new("job", ShardId(1), 2, 2);
+    let bench = Bench::empty(config, algorithm(Compressor::Dense));
+    let spec = bench.plan.spec.clone();
     (bench, spec)
+}
+
+/// The same, once both have come and had nothing to tell; and the body of their dense frames.
+fn second_of_two_running() -> (Bench, PlanSpec, Vec<u8>) {
+    let (mut bench, spec) = second_of_two();
+    for rank in 0..2 {
+        bench.hello(u64::from(rank), to_second(&spec, rank));
+        bench.control(u64::from(rank), Control::Retelling { frames: 0 });
+    }
+    let shape = RoundShape::new(&bench.plan, BucketId(0), ShardId(1), 0);
+    let body = vec![0; shape.dense_layout().bytes];
+    (bench, spec, body)
 }
 
 /// Of the member of two with this rank, to the second shard.
@@ -159,6 +167,15 @@ fn to_second(spec: &PlanSpec, rank: u16) -> Hello {
         shard: 1,
         ..member(spec, place(rank, &[0, 1]), 0)
     }
+}
+
+/// So many workers run, of which two at least must stay.
+fn at_least_two_of(world: u16, compressor: Compressor) -> Bench {
+    let config = ShardConfig {
+        min_workers: 2,
+        ..config(world)
+    };
+    Bench::running_with(config, algorithm(compressor))
 }
 
 /// A shard and its clock.
@@ -174,14 +191,24 @@ impl Bench {
         Self::running_with(config(world), algorithm(compressor))
     }
 
-    fn running_with(config: ShardConfig, algorithm: AlgorithmConfig) -> Self {
-        let spec = spec(algorithm);
-        let world = config.world;
-        let mut bench = Self {
+    /// A shard without a job, and the plan of workers that may come.
+    fn empty(config: ShardConfig, algorithm: AlgorithmConfig) -> Self {
+        let shards = config.shards;
+        let spec = PlanSpec {
+            shards,
+            ..spec(algorithm)
+        };
+        Self {
             shard: Shard::new(config),
             now: Duration::ZERO,
-            plan: Plan::build(spec.clone()).unwrap(),
-        };
+            plan: Plan::build(spec).unwrap(),
+        }
+    }
+
+    fn running_with(config: ShardConfig, algorithm: AlgorithmConfig) -> Self {
+        let world = config.world;
+        let mut bench = Self::empty(config, algorithm);
+        let spec = bench.plan.spec.clone();
         for session in 0..world {
             let session = u64::from(session);
             let incarnation = incarnation(session);
@@ -222,6 +249,11 @@ impl Bench {
     fn send(&mut self, session: u64, step: u64, kind: FrameKind, body: Vec<u8>) -> Vec<Action> {
         let header = header(kind, step, body.len());
         self.frame(session, header, body)
+    }
+
+    /// A dense frame of zeros, to the only shard.
+    fn dense(&mut self, session: u64, step: u64) -> Vec<Action> {
+        self.send(session, step, FrameKind::Dense, vec![0; 68])
     }
 
     /// A frame that is not counted and asks for the answer.

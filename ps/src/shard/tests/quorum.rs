@@ -143,15 +143,14 @@ fn ef21_needs_all_and_takes_no_quorum() {
         quorum: 1,
         ..config(2)
     };
-    let spec = spec(AlgorithmConfig {
-        feedback: Feedback::Ef21,
-        ..algorithm(Compressor::Arc)
-    });
-    let mut bench = Bench {
-        shard: Shard::new(config),
-        now: Duration::ZERO,
-        plan: Plan::build(spec.clone()).unwrap(),
-    };
+    let mut bench = Bench::empty(
+        config,
+        AlgorithmConfig {
+            feedback: Feedback::Ef21,
+            ..algorithm(Compressor::Arc)
+        },
+    );
+    let spec = bench.plan.spec.clone();
     let (_, code, detail) = refusals(&bench.hello(0, hello(&spec))).remove(0);
     assert_eq!(code, RefusalCode::Plan);
     assert_eq!(

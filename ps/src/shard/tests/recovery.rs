@@ -43,9 +43,8 @@ pub(super) fn fresh() -> Bench {
         ..config(3)
     };
     Bench {
-        shard: Shard::new(config),
         now: Duration::from_secs(50),
-        plan: Plan::build(spec(algorithm(Compressor::Arc))).unwrap(),
+        ..Bench::empty(config, algorithm(Compressor::Arc))
     }
 }
 
@@ -88,19 +87,16 @@ pub(super) fn recovered(actions: &[Action]) -> Option<(u64, u16, u16, u64)> {
     })
 }
 
-/// Answers as they go to one session, without how far the shard is.
+/// Answers as they go to one session, without how far the shard is and which list of members it has.
 pub(super) fn to(actions: &[Action], session: u64) -> Vec<Got> {
     let own = whole_answers(actions).into_iter();
     own.filter(|(to, ..)| *to == session)
-        .map(|(_, mut header, body)| {
-            header.lead = 0;
-            (header, body)
-        })
+        .map(|(_, header, body)| as_answered((header, body)))
         .collect()
 }
 
-pub(super) fn without_lead((mut header, body): Got) -> Got {
-    header.lead = 0;
+pub(super) fn as_answered((mut header, body): Got) -> Got {
+    (header.lead, header.epoch) = (0, Epoch(0));
     (header, body)
 }
 
@@ -126,7 +122,8 @@ fn a_fresh_coordinator_goes_on_where_the_job_was_and_forms_the_same_bytes() {
     let told = tell(&mut bench, 12, &past[..4]);
     assert_eq!(recovered(&told), Some((2, 3, 3, 4)));
     let membership = Control::Membership {
-        epoch: Epoch(1),
+        // Above any list that the one before may have made unheard.
+        epoch: Epoch(17),
         next_rank: 3,
         members: vec![Rank(0), Rank(1), Rank(2)],
         away: Vec::new(),
@@ -136,14 +133,14 @@ fn a_fresh_coordinator_goes_on_where_the_job_was_and_forms_the_same_bytes() {
     let kind = FrameKind::Sketch;
     let actions = bench.send(12, 2, kind, contribution(kind, 2, 2));
     assert_eq!(whole_answers(&actions).len(), 3);
-    let selection = without_lead(past[4].clone());
+    let selection = as_answered(past[4].clone());
     assert_eq!(to(&actions, 10), [selection], "the same bytes as before");
     let kind = FrameKind::Values;
     for rank in 0..2 {
         bench.send(10 + rank, 2, kind, contribution(kind, rank, 2));
     }
     let actions = bench.send(12, 2, kind, contribution(kind, 2, 2));
-    assert_eq!(to(&actions, 12), [without_lead(past[5].clone())]);
+    assert_eq!(to(&actions, 12), [as_answered(past[5].clone())]);
     assert_eq!(closed_round(&actions).unwrap().outcome, Outcome::Complete);
     // The next round is formed as ever.
     arc_step(&mut bench, &[(10, 0), (11, 1), (12, 2)], 3);
@@ -169,7 +166,7 @@ fn an_answer_that_anybody_holds_goes_to_all_and_no_other_is_formed() {
         assert_eq!(answers(&tell_one(&mut bench, 12, got)), []);
     }
     let actions = tell_one(&mut bench, 12, &past[4]);
-    let selection = without_lead(past[4].clone());
+    let selection = as_answered(past[4].clone());
     assert_eq!(
         to(&actions, 10),
         core::slice::from_ref(&selection),
@@ -180,7 +177,7 @@ fn an_answer_that_anybody_holds_goes_to_all_and_no_other_is_formed() {
     let kind = FrameKind::Values;
     bench.send(10, 2, kind, contribution(kind, 78, 2));
     let actions = tell_one(&mut bench, 12, &past[5]);
-    assert_eq!(to(&actions, 10), [without_lead(past[5].clone())]);
+    assert_eq!(to(&actions, 10), [as_answered(past[5].clone())]);
     assert_eq!(recovered(&actions), Some((3, 3, 3, 6)));
     assert_eq!(closed_round(&actions).unwrap().contributors, 3);
     // The second one asks later, and is told that it was counted.
@@ -340,7 +337,7 @@ fn those_who_never_come_are_removed_in_time() {
     let Control::Membership { epoch, away, .. } = messages(&actions).remove(0).1 else {
         panic!("{actions:?}")
     };
-    assert_eq!((epoch, away), (Epoch(1), vec![Rank(1), Rank(2)]));
+    assert_eq!((epoch, away), (Epoch(17), vec![Rank(1), Rank(2)]));
     assert_eq!(
         bench.shard.next_deadline(),
         Some(bench.now + MEMBER_TIMEOUT)
@@ -353,12 +350,12 @@ fn those_who_never_come_are_removed_in_time() {
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(epochs, [(Epoch(2), 2), (Epoch(3), 1)]);
+    assert_eq!(epochs, [(Epoch(18), 2), (Epoch(19), 1)]);
     let (_, code, detail) = refusals(&come(&mut bench, 2, 0)).remove(0);
     assert_eq!(code, RefusalCode::Superseded);
     assert_eq!(
         detail,
-        "rank 2 was away too long and is no member any more (epoch 3): join again"
+        "rank 2 was away too long and is no member any more (epoch 19): join again"
     );
 }
 
