@@ -10,7 +10,9 @@
 //! | [`optim`] | SGD, AdamW and catch-up AdamW on rows |
 //! | [`wire`] | the only place that knows byte layout, limits and versions |
 //! | [`metrics`] | every metric's name, labels, help and buckets |
+//! | [`any_bytes`] | how fuzz targets read choices from bytes |
 
+pub mod any_bytes;
 pub mod compress;
 pub mod config;
 mod elementary;

@@ -5,6 +5,7 @@ use super::{
     Action, Event, LAST_START_STEP, Limits, Observation, Report, SessionId, Shard, ShardConfig,
     Stage,
 };
+use arc_topk_common::any_bytes::Source;
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, ShardId, Step};
@@ -25,42 +26,17 @@ const RANKS: u8 = 6;
 const REMEMBERED: usize = 16;
 const RETAINED_BYTES: usize = 2000;
 
-/// Bytes as a source of small choices; none left is always 0.
-struct Source<'a>(&'a [u8]);
-
-impl Source<'_> {
-    fn is_empty(&self) -> bool {
-        self.0.is_empty()
-    }
-
-    fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else {
-            return 0;
-        };
-        self.0 = rest;
-        *first
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        u64::from(self.byte()) % limit
-    }
-
-    fn flag(&mut self) -> bool {
-        self.byte() & 1 == 1
-    }
-
-    /// A step near `base`, or one of those at which arithmetic may fail.
-    fn step(&mut self, base: Step) -> Step {
-        Step(match self.byte() {
-            255 => u64::MAX,
-            254 => u64::MAX - 1,
-            253 => LAST_START_STEP.0,
-            252 => LAST_START_STEP.0 + 1,
-            251 => 0,
-            near if near < 128 => base.0.saturating_add(u64::from(near % 4)),
-            near => base.0.saturating_sub(u64::from(near % 16)),
-        })
-    }
+/// A step near `base`, or one of those at which arithmetic may fail.
+fn any_step(source: &mut Source<'_>, base: Step) -> Step {
+    Step(match source.byte() {
+        255 => u64::MAX,
+        254 => u64::MAX - 1,
+        253 => LAST_START_STEP.0,
+        252 => LAST_START_STEP.0 + 1,
+        251 => 0,
+        near if near < 128 => base.0.saturating_add(u64::from(near % 4)),
+        near => base.0.saturating_sub(u64::from(near % 16)),
+    })
 }
 
 /// A shard and what the events' maker knows of it.
@@ -80,7 +56,7 @@ struct Play {
 /// If an event makes the machine panic, hold more than it may, give two answers to one phase, let a round wait that could
 /// go on, or name a deadline that is over or before which something happens.
 pub fn operations(bytes: &[u8]) {
-    let mut source = Source(bytes);
+    let mut source = Source::new(bytes);
     let mut play = Play::new(&mut source);
     while !source.is_empty() {
         play.operation(&mut source);
@@ -176,14 +152,14 @@ impl Play {
                 },
             }),
             12 => control(Control::Ready {
-                step: source.step(base),
+                step: any_step(source, base),
             }),
             13 => control(Control::Digest {
-                step: source.step(base),
+                step: any_step(source, base),
                 digest: [source.byte() % 2; 32],
             }),
             14 => control(Control::Donated {
-                step: source.step(base),
+                step: any_step(source, base),
             }),
             15 => {
                 let Place {
@@ -248,7 +224,7 @@ impl Play {
     fn member(&self, session: SessionId, source: &mut Source<'_>) -> Event {
         let intent = Intent::Member {
             place: place(source),
-            step: source.step(self.step()),
+            step: any_step(source, self.step()),
             waited: source.flag(),
         };
         self.hello(session, source.byte() % 8, intent)
@@ -256,7 +232,7 @@ impl Play {
 
     /// A frame as the phase that is open asks for.
     fn good_frame(&self, session: SessionId, source: &mut Source<'_>) -> Event {
-        let step = source.step(self.step());
+        let step = any_step(source, self.step());
         let bucket = BucketId(0);
         let open = self.shard.job.as_ref().and_then(|job| {
             let mut open = job.rounds.open();
@@ -288,8 +264,8 @@ impl Play {
             absent: choice & 4 == 4,
             held: choice & 8 == 8,
         };
-        let step = source.step(self.step());
-        let update = source.step(self.step()).0;
+        let step = any_step(source, self.step());
+        let update = any_step(source, self.step()).0;
         let bytes = usize::from(source.byte() % 80);
         let body = vec![source.byte(); bytes];
         round_frame(session, kind, flags, step, update, body)
@@ -306,8 +282,8 @@ impl Play {
         header.flags.held = true;
         match source.byte() {
             0..200 => {}
-            choice if choice % 4 == 0 => header.step = source.step(self.step()),
-            choice if choice % 4 == 1 => header.update = source.step(self.step()).0,
+            choice if choice % 4 == 0 => header.step = any_step(source, self.step()),
+            choice if choice % 4 == 1 => header.update = any_step(source, self.step()).0,
             choice if choice % 4 == 2 => header.roster_bytes = u16::from(choice),
             choice => {
                 let at = usize::from(source.byte()) % body.len().max(1);
@@ -342,7 +318,7 @@ impl Play {
     }
 
     fn other(&self, session: SessionId, source: &mut Source<'_>) -> Event {
-        let step = source.step(self.step());
+        let step = any_step(source, self.step());
         match source.below(4) {
             0 => Event::Control {
                 session,

@@ -7,6 +7,7 @@ mod trainer;
 
 use super::{AWAY_AFTER, Input, Member, MemberConfig};
 use crate::step::StepMachine;
+use arc_topk_common::any_bytes::Source;
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback, SelectionPolicy, ValueType};
@@ -27,36 +28,15 @@ const REMEMBERED: usize = 16;
 /// A step that no job ends at: shards take no worker that starts later.
 const LATE: Step = Step(1 << 62);
 
-/// Bytes as a source of small choices; none left is always 0.
-struct Source<'a>(&'a [u8]);
-
-impl Source<'_> {
-    fn byte(&mut self) -> u8 {
-        let Some((first, rest)) = self.0.split_first() else {
-            return 0;
-        };
-        self.0 = rest;
-        *first
-    }
-
-    fn below(&mut self, limit: u64) -> u64 {
-        u64::from(self.byte()) % limit
-    }
-
-    fn flag(&mut self) -> bool {
-        self.byte() & 1 == 1
-    }
-
-    /// A step near `base`, or one of those at which arithmetic may fail.
-    fn step(&mut self, base: Step) -> Step {
-        Step(match self.byte() {
-            255 => u64::MAX,
-            254 => u64::MAX - 1,
-            253 => 0,
-            near if near < 128 => base.0.saturating_add(u64::from(near % 8)),
-            near => base.0.saturating_sub(u64::from(near % 4)),
-        })
-    }
+/// A step near `base`, or one of those at which arithmetic may fail.
+fn any_step(source: &mut Source<'_>, base: Step) -> Step {
+    Step(match source.byte() {
+        255 => u64::MAX,
+        254 => u64::MAX - 1,
+        253 => 0,
+        near if near < 128 => base.0.saturating_add(u64::from(near % 8)),
+        near => base.0.saturating_sub(u64::from(near % 4)),
+    })
 }
 
 /// One connection, as the shell and the shard behind it see it.
@@ -107,9 +87,9 @@ struct Play {
 /// twice over one, go on after it failed, wait without having asked for anything, name a deadline that is over or before which
 /// something happens, or count itself in other rounds than the rosters do.
 pub fn operations(bytes: &[u8]) -> u32 {
-    let mut source = Source(bytes);
+    let mut source = Source::new(bytes);
     let mut play = Play::new(&mut source);
-    while !source.0.is_empty() {
+    while !source.is_empty() {
         play.operation(&mut source);
     }
     play.committed

@@ -1,6 +1,6 @@
 //! The shards' side: connections, messages and answers, good and bad.
 
-use super::{ME, Play, RANKS, REMEMBERED, RUN, Source, Taken};
+use super::{ME, Play, RANKS, REMEMBERED, RUN, Source, Taken, any_step};
 use crate::member::Input;
 use crate::step::Outgoing;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, ShardId, Step};
@@ -37,7 +37,7 @@ impl Play {
             shard_incarnation: 1 + u64::from(choice >> 1 & 1),
             retell: choice & 1 == 1,
             place,
-            step: source.step(self.step()),
+            step: any_step(source, self.step()),
             snapshot: choice & 4 == 4,
         };
         self.hear(Input::LinkUp { shard, welcome });
@@ -53,7 +53,7 @@ impl Play {
 
     /// Every kind of message, those that no shard sends among them.
     pub(super) fn message(&self, source: &mut Source<'_>) -> Control {
-        let step = source.step(self.step());
+        let step = any_step(source, self.step());
         match source.below(20) {
             0 => Control::Hello(Box::new(Hello {
                 protocol: PROTOCOL_VERSION,
@@ -137,8 +137,8 @@ impl Play {
         let mut body = body.to_vec();
         match source.byte() {
             0..160 => {}
-            choice if choice % 8 == 0 => header.step = source.step(self.step()),
-            choice if choice % 8 == 1 => header.update = source.step(self.step()).0,
+            choice if choice % 8 == 0 => header.step = any_step(source, self.step()),
+            choice if choice % 8 == 1 => header.update = any_step(source, self.step()).0,
             choice if choice % 8 == 2 => header.lead = u16::MAX,
             choice if choice % 8 == 3 => header.flags.counted = true,
             choice if choice % 8 == 4 => body.truncate(usize::from(source.byte())),
@@ -174,8 +174,8 @@ impl Play {
                 bucket => u16::from(bucket % 4),
             }),
             epoch: Epoch(1),
-            step: source.step(self.step()),
-            update: source.step(Step(self.member.machine().update())).0,
+            step: any_step(source, self.step()),
+            update: any_step(source, Step(self.member.machine().update())).0,
             body_bytes: bytes as u32,
             roster_bytes: u16::from(source.byte()),
             lead: u16::from(source.byte()),
