@@ -4,7 +4,7 @@ use super::{Job, Said, digest, local_of, summary};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
-use std::process::ChildStdout;
+use std::process::{ChildStdout, Command, Stdio};
 
 /// Reads the job's JSON lines until `rank` has done `step`.
 fn await_step(lines: &mut BufReader<ChildStdout>, rank: u64, step: u64) {
@@ -119,6 +119,57 @@ fn workers_stop_with_the_cause_when_a_shard_is_killed() {
             ["step-00000100.safetensors"]
         );
     }
+}
+
+#[test]
+fn a_worker_that_comes_back_with_a_checkpoint_of_its_own_alone_joins() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, checkpoints) = (dir.path().join("runs"), dir.path().join("checkpoints"));
+    let mut command = local_of(3, &runs);
+    command.args([
+        "--steps",
+        "700",
+        "--json",
+        "--threads",
+        "1",
+        "--restart",
+        "never",
+    ]);
+    command.args([
+        "--chaos-delay-ms",
+        "4",
+        "--checkpoint-every",
+        "40",
+        "--checkpoint-dir",
+    ]);
+    let mut job = Job::start(command.arg(&checkpoints));
+    let mut lines = BufReader::new(job.0.stdout.take().unwrap());
+    await_step(&mut lines, 1, 90);
+    let lost = job.process(&[" train ", "--rank=1 "]);
+    let words = std::fs::read(format!("/proc/{lost}/cmdline")).unwrap();
+    Job::signal(lost, "-KILL");
+    await_step(&mut lines, 0, 250);
+    let kept = |rank| checkpoints_of(&checkpoints, rank);
+    assert!(kept(1).iter().all(|step| !kept(0).contains(step)));
+    // As whoever starts machines again would. Nobody reads what it says before it has ended: a pipe would fill.
+    let words = String::from_utf8(words).unwrap();
+    let mut words = words.split_terminator('\0');
+    let log = dir.path().join("again.log");
+    let mut again = Command::new(words.next().unwrap());
+    again.args(words).arg("--resume");
+    again.stdin(Stdio::piped()).stdout(Stdio::null());
+    again.stderr(std::fs::File::create(&log).unwrap());
+    let mut again = Job(again.spawn().unwrap());
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(1), "one was lost: {}", said.error);
+    let ended = again.0.wait().unwrap();
+    let log = std::fs::read_to_string(log).unwrap();
+    assert!(ended.success(), "{log}");
+    for rank in [0, 2] {
+        assert_eq!(digest(&runs, rank), digest(&runs, 3));
+    }
+    let steps = summary(&runs, 3)["steps"].as_u64().unwrap();
+    assert!((1..460).contains(&steps), "{steps}");
 }
 
 #[test]

@@ -357,6 +357,36 @@ fn a_job_whose_members_are_all_away_is_remembered_and_then_forgotten() {
 }
 
 #[test]
+fn a_job_that_ends_in_order_while_one_is_away_is_over_for_that_one_too() {
+    let leave = |bench: &mut Bench, session| {
+        let session = SessionId(session);
+        bench.handle(Event::Leave { session })
+    };
+    let mut bench = Bench::running(3, Compressor::Dense);
+    bench.cut(2);
+    leave(&mut bench, 0);
+    leave(&mut bench, 1);
+    let cut = bench.now - Duration::from_millis(20);
+    // It may come back for the last answers, and then leave as well.
+    let again = back(&mut bench, 2, 12, 0);
+    assert_eq!(ranks(&again), [(12, 2)]);
+    assert_eq!(roster(&bench.dense(12, 0)), [2]);
+    leave(&mut bench, 12);
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+    // One that does not is forgotten soon, so that another job can start.
+    let mut bench = Bench::running(3, Compressor::Dense);
+    bench.cut(2);
+    leave(&mut bench, 0);
+    leave(&mut bench, 1);
+    let end = cut + MEMBER_TIMEOUT;
+    bench.tick(RETURN_GRACE);
+    assert_eq!(bench.shard.next_deadline(), Some(end));
+    assert_eq!(bench.tick_at(end - Duration::from_nanos(1)), []);
+    bench.tick_at(end);
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
+#[test]
 fn one_that_is_back_and_not_waited_for_yet_holds_nobody_up() {
     let mut bench = Bench::running(2, Compressor::Dense);
     bench.dense(0, 0);

@@ -29,6 +29,53 @@ fn a_telling_that_is_cut_is_begun_again() {
 }
 
 #[test]
+fn a_telling_that_takes_long_is_waited_for() {
+    let past = past(3);
+    let mut bench = fresh();
+    for rank in 0..3 {
+        come(&mut bench, rank, 2);
+    }
+    // Behind a slow link.
+    announce(&mut bench, 12, 5);
+    tell_one(&mut bench, 12, &past[0]);
+    tell(&mut bench, 10, &past[..4]);
+    tell(&mut bench, 11, &past[..4]);
+    for rank in 0..2 {
+        let kind = FrameKind::Sketch;
+        bench.send(10 + rank, 2, kind, contribution(kind, 90 + rank, 2));
+    }
+    for _ in 0..5 {
+        assert_eq!(bench.tick(RECOVERY_GRACE), []);
+    }
+    // It alone holds an answer of the open step, which the others must have.
+    for got in &past[1..4] {
+        assert_eq!(recovered(&tell_one(&mut bench, 12, got)), None);
+    }
+    let told = tell_one(&mut bench, 12, &past[4]);
+    assert_eq!(recovered(&told), Some((2, 3, 3, 5)));
+    assert_eq!(
+        to(&told, 10),
+        [super::recovery::as_answered(past[4].clone())]
+    );
+}
+
+#[test]
+fn a_telling_that_does_not_end_is_not_waited_for_for_ever() {
+    let mut bench = fresh();
+    for rank in 0..3 {
+        come(&mut bench, rank, 2);
+    }
+    let came = bench.now;
+    announce(&mut bench, 12, 4);
+    tell(&mut bench, 10, &[]);
+    tell(&mut bench, 11, &[]);
+    let end = bench.shard.next_deadline().unwrap();
+    assert!(end > came + 10 * RECOVERY_GRACE);
+    assert_eq!(bench.tick_at(end - Duration::from_nanos(1)), []);
+    assert_eq!(recovered(&bench.tick_at(end)), Some((2, 2, 3, 0)));
+}
+
+#[test]
 fn whoever_has_told_all_need_not_tell_again() {
     let past = past(2);
     let mut bench = fresh();
