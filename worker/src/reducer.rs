@@ -3,6 +3,10 @@
 use crate::step::{ImportError, SHARED_ARRAY, StepError, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
+use std::sync::Arc;
+
+/// Tells, on whichever thread, which ranks are in the job and connected at that moment, by the latest news; ascending.
+pub type LiveRanks = Arc<dyn Fn() -> Vec<Rank> + Send + Sync>;
 
 /// Why a step could not be finished.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
@@ -117,6 +121,12 @@ pub trait Reducer: Send {
     /// Ranks that are in the job now, ascending, by the latest news. Those that are away for a moment are among them.
     fn members(&self) -> Vec<Rank> {
         (0..self.world()).map(Rank).collect()
+    }
+
+    /// A way to ask who is there while training goes on.
+    fn live_ranks(&self) -> LiveRanks {
+        let members = self.members();
+        Arc::new(move || members.clone())
     }
 
     /// How many workers the steps wait for now.

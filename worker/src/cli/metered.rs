@@ -2,7 +2,7 @@
 
 use super::error::CliError;
 use crate::record::StepRecord;
-use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
+use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
@@ -96,6 +96,10 @@ impl Reducer for MeteredReducer {
 
     fn members(&self) -> Vec<Rank> {
         Reducer::members(&self.inner)
+    }
+
+    fn live_ranks(&self) -> LiveRanks {
+        self.inner.live_ranks()
     }
 
     fn live_workers(&self) -> u16 {

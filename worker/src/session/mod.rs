@@ -49,7 +49,7 @@ pub use error::ConnectError;
 
 use crate::backend::{Backend, CpuBackend};
 use crate::member::{Member, MemberConfig};
-use crate::reducer::{ReduceError, Reducer, StepStart, TrainReport};
+use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Rank, RunId, ShardId, Step, TensorId};
@@ -321,6 +321,16 @@ impl Reducer for QuicReducer {
 
     fn members(&self) -> Vec<Rank> {
         self.shared.core().member.place().members.clone()
+    }
+
+    fn live_ranks(&self) -> LiveRanks {
+        let shared = Arc::clone(&self.shared);
+        Arc::new(move || {
+            let core = shared.core();
+            let (place, away) = (core.member.place(), core.member.away());
+            let members = place.members.iter().copied();
+            members.filter(|rank| !away.contains(rank)).collect()
+        })
     }
 
     fn live_workers(&self) -> u16 {

@@ -1,10 +1,12 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+use super::encoding::encode;
+use super::snapshot::{Lead, Uploads};
 use super::tests::{Log, local, small, sparse, spec};
 use super::*;
 use crate::memory::{MemoryCluster, MemoryOptions};
 use crate::record::RunSummary;
-use crate::reducer::{Reducer, StepStart, TrainReport};
+use crate::reducer::{LiveRanks, Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use crate::store::SnapshotInfo;
 use arc_topk_common::config::algorithm::Feedback;
@@ -14,6 +16,7 @@ use arc_topk_common::wire::{Manifest, Owner, PartInfo};
 use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread;
 
@@ -466,5 +469,53 @@ fn free_settings_are_no_reason_to_refuse_a_worker() {
     assert_eq!(
         agreed("--steps 3"),
         agreed("--steps 3 --digest-every 7 --snapshot-every 9")
+    );
+}
+
+#[test]
+fn a_snapshot_does_not_wait_for_the_part_of_one_that_is_gone() {
+    let shelf = Arc::new(Shelf::default());
+    let id = SnapshotId {
+        step: Step(5),
+        run: RUN,
+    };
+    let part = |rank: u8| Checkpoint {
+        step: 5,
+        feedback: vec![("residual/a".to_owned(), vec![f32::from(rank)])],
+        ..Checkpoint::default()
+    };
+    let looks = Arc::new(AtomicUsize::new(0));
+    let live: LiveRanks = {
+        let looks = Arc::clone(&looks);
+        Arc::new(move || {
+            // Rank 2 is lost, and rank 1 leaves once its part is there.
+            match looks.fetch_add(1, Ordering::SeqCst) {
+                0 => vec![Rank(0), Rank(1), Rank(2)],
+                _ => vec![Rank(0)],
+            }
+        })
+    };
+    let lead = Lead {
+        replica: part(9),
+        members: vec![Rank(0), Rank(1), Rank(2)],
+        live,
+        all_or_none: false,
+    };
+    shelf
+        .upload_part(id, Owner::Rank(Rank(1)), encode(&part(1)).into())
+        .unwrap();
+    let mut uploads = Uploads::new(Arc::clone(&shelf) as Arc<dyn SnapshotStore>);
+    uploads.snapshot(id, Rank(0), part(0), Some(lead));
+    let mut heard = Log::default();
+    assert_eq!(uploads.note(true, &mut heard), None);
+    assert_eq!(looks.load(Ordering::SeqCst), 2);
+    let manifest = shelf.newest().unwrap().unwrap().manifest;
+    let owners: Vec<Owner> = manifest.parts.iter().map(|part| part.owner).collect();
+    let expected = [Owner::Replica, Owner::Rank(Rank(0)), Owner::Rank(Rank(1))];
+    assert_eq!(owners, expected);
+    assert!(
+        heard.messages.iter().any(|text| text.contains("ranks [2]")),
+        "{:?}",
+        heard.messages
     );
 }

@@ -301,6 +301,7 @@ impl<'a> Run<'a> {
                 Some(Lead {
                     replica: self.replica(reducer.export_shared())?,
                     members: reducer.members(),
+                    live: reducer.live_ranks(),
                     all_or_none: matches!(feedback, Feedback::Ef21 | Feedback::Ef21m),
                 })
             } else {

@@ -4,13 +4,15 @@
 //!
 //! - a *donation* is the replica, for one worker that joins; nothing is committed;
 //! - a *snapshot* is every worker's own feedback state and, by the leader, the replica. The leader looks into the store
-//!   until the parts of all members are there, then commits; a part that does not come in [`PARTS_PATIENCE`] is left out.
+//!   until the parts of all members are there, then commits. The part of a member that is gone is left out, and so is one
+//!   that does not come in [`PARTS_PATIENCE`].
 //!
 //! The training thread pays for a copy of the arrays and no more.
 
 use super::checkpoint::Checkpoint;
 use super::encoding::{decode, encode};
 use super::{Observer, SnapshotError};
+use crate::reducer::LiveRanks;
 use crate::store::{SnapshotInfo, StoreClient, StoreError};
 use arc_topk_common::ids::Rank;
 use arc_topk_common::metrics::SnapshotEnd;
@@ -107,12 +109,13 @@ pub(super) fn open(what: String, bytes: &[u8]) -> Result<Checkpoint, SnapshotErr
 }
 
 /// What a leader does for all.
-#[derive(Debug)]
 pub(super) struct Lead {
     /// The part that is the same on all workers.
     pub(super) replica: Checkpoint,
     /// Ranks whose parts belong to the snapshot.
     pub(super) members: Vec<Rank>,
+    /// Those of them that can still put theirs into the store are among these.
+    pub(super) live: LiveRanks,
     /// Whether a snapshot without the parts of some members is better without any: the estimates of ef21 are of use only
     /// together.
     pub(super) all_or_none: bool,
@@ -232,6 +235,7 @@ impl Uploads {
             if let Some(Lead {
                 replica,
                 members,
+                live,
                 all_or_none,
             }) = lead
             {
@@ -240,7 +244,7 @@ impl Uploads {
                 uploaded.bytes += whole.total_bytes;
                 uploaded.seconds = start.elapsed().as_secs_f64();
                 drop(replica);
-                let (mut parts, missing) = await_parts(&*store, id, part, &members)?;
+                let (mut parts, missing) = await_parts(&*store, id, part, &members, &live)?;
                 if all_or_none && !missing.is_empty() {
                     parts.clear();
                 }
@@ -282,15 +286,19 @@ fn put(
     store.upload_part(id, owner, encode(part).into())
 }
 
-/// The ranks' parts, `own` among them, once those of all `members` are there or patience is at its end; and who is missing.
+/// The ranks' parts, `own` among them, once those of all `members` that are `live` are there or patience is at its end; and
+/// who is missing.
 fn await_parts(
     store: &dyn SnapshotStore,
     id: SnapshotId,
     own: PartInfo,
     members: &[Rank],
+    live: &LiveRanks,
 ) -> Result<(Vec<PartInfo>, Vec<Rank>), StoreError> {
     let deadline = Instant::now() + PARTS_PATIENCE;
     loop {
+        // Before the look into the store: who leaves in order has stored its part before.
+        let live = live();
         let listed = store.parts(id)?;
         let part = |rank: &Rank| {
             let owner = Owner::Rank(*rank);
@@ -302,7 +310,8 @@ fn await_parts(
         let parts: Vec<PartInfo> = members.iter().filter_map(part).collect();
         let missing = members.iter().filter(|rank| part(rank).is_none());
         let missing: Vec<Rank> = missing.copied().collect();
-        if missing.is_empty() || Instant::now() >= deadline {
+        let awaited = missing.iter().any(|rank| live.contains(rank));
+        if !awaited || Instant::now() >= deadline {
             return Ok((parts, missing));
         }
         std::thread::sleep(PARTS_INTERVAL);
