@@ -6,9 +6,9 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, HeldPiece, HeldSnapshot, Hello, Intent, Manifest,
-    Owner, PartInfo, PieceMeta, Place, RefusalCode, SnapshotId, StoreRequest, StoreResponse,
-    Welcome, any_bytes, append_selection, encode_roster, encode_selection,
+    Control, FrameFlags, FrameHeader, FrameKind, HeldPiece, HeldSnapshot, Hello, Intent, JoinWhen,
+    Manifest, Owner, PartInfo, PieceMeta, Place, RefusalCode, SnapshotId, StoreRequest,
+    StoreResponse, Welcome, any_bytes, append_selection, encode_roster, encode_selection,
 };
 
 mod corpus;
@@ -141,7 +141,7 @@ fn control_seeds() -> Vec<Vec<u8>> {
             rank: Some(Rank(1)),
             world: Some(4),
             start_step: Step(0),
-            elastic: true,
+            when: JoinWhen::Any,
         },
         plan: PlanSpec {
             trainer: String::new(),
@@ -244,6 +244,7 @@ fn store_seeds() -> Vec<Vec<u8>> {
     let manifest = Manifest {
         snapshot,
         update: 99,
+        members: 2,
         parts: vec![part(Owner::Replica), part(Owner::Rank(Rank(0)))],
     };
     let held = HeldSnapshot {

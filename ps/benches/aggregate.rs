@@ -12,7 +12,9 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
-use arc_topk_common::wire::{FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION};
+use arc_topk_common::wire::{
+    FrameFlags, FrameHeader, FrameKind, Hello, Intent, JoinWhen, PROTOCOL_VERSION,
+};
 use arc_topk_ps::shard::aggregate::{Piece, Sum};
 use arc_topk_ps::shard::{Event, SessionId, Shard, ShardConfig};
 use bytes::Bytes;
@@ -95,7 +97,7 @@ fn shard(value_type: ValueType) -> Shard {
             rank: None,
             world: None,
             start_step: Step(0),
-            elastic: false,
+            when: JoinWhen::Start,
         },
         plan: PlanSpec {
             trainer: String::new(),

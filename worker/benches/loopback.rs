@@ -17,7 +17,7 @@ use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, Plan, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    Control, Direction, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent, JoinWhen,
     PROTOCOL_VERSION, RoundShape, encode_roster,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
@@ -287,7 +287,7 @@ async fn join(address: &str, identity: Identity, plan: PlanSpec) -> (Connection,
             rank: None,
             world: None,
             start_step: Step(0),
-            elastic: false,
+            when: JoinWhen::Start,
         },
         plan,
     };

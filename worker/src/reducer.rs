@@ -5,8 +5,8 @@ use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
 use std::sync::Arc;
 
-/// Tells, on whichever thread, which ranks are in the job and connected at that moment, by the latest news; ascending.
-pub type LiveRanks = Arc<dyn Fn() -> Vec<Rank> + Send + Sync>;
+/// Tells, on whichever thread, which ranks are in the job at that moment: [`Reducer::members`].
+pub type CurrentMembers = Arc<dyn Fn() -> Vec<Rank> + Send + Sync>;
 
 /// Why a step could not be finished.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
@@ -124,7 +124,7 @@ pub trait Reducer: Send {
     }
 
     /// A way to ask who is there while training goes on.
-    fn live_ranks(&self) -> LiveRanks {
+    fn current_members(&self) -> CurrentMembers {
         let members = self.members();
         Arc::new(move || members.clone())
     }
@@ -203,10 +203,14 @@ pub trait Reducer: Send {
         let _ = step;
     }
 
-    /// The replica that was asked for is in the shards' store: the state before `step`.
-    fn donated(&mut self, step: Step) {
-        let _ = step;
+    /// The upload of the replica before `step` has ended. `stored`: it is in the shards' store, and shard 0 is told so;
+    /// otherwise a donation is due again.
+    fn donation_ended(&mut self, step: Step, stored: bool) {
+        let _ = (step, stored);
     }
+
+    /// No more steps come from this worker, which may take a while to leave: the others are told not to wait for it.
+    fn step_aside(&mut self) {}
 
     /// SHA-256 of all parameters before `step`, the next one, for shard 0 to compare with those of the others. Best effort.
     fn digest(&mut self, step: Step, digest: [u8; 32]) {

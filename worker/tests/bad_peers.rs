@@ -8,7 +8,7 @@ use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, Step};
 use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::{
-    ALPN, Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent,
+    ALPN, Control, FrameFlags, FrameHeader, FrameKind, HEADER_BYTES, Hello, Intent, JoinWhen,
     PROTOCOL_VERSION, RefusalCode,
 };
 use arc_topk_ps::server::{ServeError, Server};
@@ -228,7 +228,7 @@ fn hello() -> Hello {
             rank: None,
             world: None,
             start_step: Step(0),
-            elastic: false,
+            when: JoinWhen::Start,
         },
         plan: plan(),
     }

@@ -10,7 +10,7 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback};
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
-use arc_topk_common::wire::{Control, Hello, Intent, PROTOCOL_VERSION, Welcome};
+use arc_topk_common::wire::{Control, Hello, Intent, JoinWhen, PROTOCOL_VERSION, Welcome};
 use arc_topk_ps::shard::{Action, Event, SessionId, Shard, ShardConfig};
 use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::member::{Input, Member, MemberConfig, Output};
@@ -54,7 +54,7 @@ impl Net {
                 rank: Some(Rank(worker as u16)),
                 world: Some(WORKERS),
                 start_step: Step(0),
-                elastic: true,
+                when: JoinWhen::Any,
             };
             let event = net.hello(worker, 0, intent);
             net.shards[0].handle(net.now, event, &mut actions);

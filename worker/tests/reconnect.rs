@@ -7,6 +7,7 @@ mod support;
 use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{Rank, ShardId, Step};
 use arc_topk_common::plan::PlanSpec;
+use arc_topk_common::wire::JoinWhen;
 use arc_topk_ps::shard::{RETAIN_STEPS, ShardConfig};
 use arc_topk_transport::Identity;
 use arc_topk_transport::certs::{Authority, Role};
@@ -397,7 +398,7 @@ fn a_worker_joins_the_running_job_with_a_copy_of_anothers_state() {
     assert_eq!(donor.needs_snapshot(), None);
     step(&mut donor, &gradients(&spec, 1, 0)[0]).unwrap();
     let mut config = job.config();
-    config.elastic = true;
+    config.when = JoinWhen::Any;
     let joining = job.join_one(config, &spec);
     let mut number = 1;
     while !donor.donation_due() {
@@ -406,7 +407,7 @@ fn a_worker_joins_the_running_job_with_a_copy_of_anothers_state() {
     }
     let replica = donor.export_shared();
     assert_eq!(replica.step, Step(number));
-    donor.donated(Step(number));
+    donor.donation_ended(Step(number), true);
     let mut joiner = joining.join().unwrap().unwrap();
     assert_eq!(joiner.rank(), Rank(1));
     assert_eq!(

@@ -122,6 +122,7 @@ fn upload(client: &StoreClient, step: u64, ranks: u16) -> Manifest {
     Manifest {
         snapshot: id(step),
         update: step - 1,
+        members: ranks,
         parts,
     }
 }
@@ -362,6 +363,7 @@ fn upload_nothing(client: &StoreClient) -> Manifest {
     Manifest {
         snapshot: id(1),
         update: 0,
+        members: 1,
         parts,
     }
 }

@@ -6,7 +6,9 @@
 
 use super::codec::{Reader, Writer};
 use super::plan_spec::{read_plan_spec, write_plan_spec};
-use super::{Control, Hello, Intent, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError};
+use super::{
+    Control, Hello, Intent, JoinWhen, MAX_CONTROL_BYTES, Place, RefusalCode, Welcome, WireError,
+};
 use crate::ids::{Epoch, Rank, RunId, Step};
 
 /// Longest job name, bytes.
@@ -320,13 +322,13 @@ fn write_intent(w: &mut Writer<'_>, intent: &Intent) {
             rank,
             world,
             start_step,
-            elastic,
+            when,
         } => {
             w.u8(JOIN);
             w.option(*rank, |w, rank| w.u16(rank.0));
             w.option(*world, Writer::u16);
             w.u64(start_step.0);
-            w.u8(u8::from(*elastic));
+            w.u8(*when as u8);
         }
         Intent::Member {
             place,
@@ -347,7 +349,7 @@ fn read_intent(r: &mut Reader<'_>) -> Result<Intent, WireError> {
             rank: r.option("rank option", |r| r.u16("rank").map(Rank))?,
             world: r.option("world option", |r| r.u16("world"))?,
             start_step: Step(r.u64("start step")?),
-            elastic: read_flag(r, "elastic")?,
+            when: read_when(r)?,
         }),
         MEMBER => Ok(Intent::Member {
             place: read_place(r)?,
@@ -377,6 +379,18 @@ fn read_place(r: &mut Reader<'_>) -> Result<Place, WireError> {
         next_rank: r.u16("next rank")?,
         members: read_ranks(r)?,
     })
+}
+
+fn read_when(r: &mut Reader<'_>) -> Result<JoinWhen, WireError> {
+    match r.u8("join when")? {
+        0 => Ok(JoinWhen::Start),
+        1 => Ok(JoinWhen::Any),
+        2 => Ok(JoinWhen::Running),
+        value => Err(WireError::Unknown {
+            what: "join when",
+            value: u64::from(value),
+        }),
+    }
 }
 
 fn read_flag(r: &mut Reader<'_>, what: &'static str) -> Result<bool, WireError> {

@@ -161,6 +161,19 @@ pub struct Place {
     pub members: Vec<Rank>,
 }
 
+/// Into which jobs a worker can come.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[repr(u8)]
+pub enum JoinWhen {
+    /// One that it starts with the others: it cannot take its state from a snapshot.
+    #[default]
+    Start = 0,
+    /// Any.
+    Any = 1,
+    /// One that runs already: it was a member of that, and has no state of its own any more.
+    Running = 2,
+}
+
 /// What a worker comes for.
 #[derive(Clone, PartialEq, Debug)]
 pub enum Intent {
@@ -172,8 +185,8 @@ pub enum Intent {
         world: Option<u16>,
         /// Step at which it starts (0, or that of its checkpoint). All that start a job must agree.
         start_step: Step,
-        /// It can take its state from a snapshot, and so join a job that runs.
-        elastic: bool,
+        /// Into which jobs it can come.
+        when: JoinWhen,
     },
     /// To take the place it has: for the first time at this shard, or again after the connection or the shard was lost.
     Member {

@@ -72,13 +72,18 @@ fn any_place() -> impl Strategy<Value = Place> {
 }
 
 fn any_intent() -> impl Strategy<Value = Intent> {
+    let when = prop_oneof![
+        Just(JoinWhen::Start),
+        Just(JoinWhen::Any),
+        Just(JoinWhen::Running)
+    ];
     let join =
-        any::<(Option<u16>, Option<u16>, u64, bool)>().prop_map(|(rank, world, step, elastic)| {
+        (any::<(Option<u16>, Option<u16>, u64)>(), when).prop_map(|((rank, world, step), when)| {
             Intent::Join {
                 rank: rank.map(Rank),
                 world,
                 start_step: Step(step),
-                elastic,
+                when,
             }
         });
     let member =

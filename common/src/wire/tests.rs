@@ -48,7 +48,7 @@ pub(super) fn hello() -> Control {
             rank: Some(Rank(2)),
             world: None,
             start_step: Step(5),
-            elastic: true,
+            when: JoinWhen::Any,
         },
         plan: PlanSpec {
             trainer: "lr=01".into(),
@@ -109,7 +109,7 @@ fn hello_bytes() {
          01 02 00           # rank 2
          00                 # world: absent
          05 00 00 00 00 00 00 00 # start step
-         01                 # elastic
+         01                 # when: any
          # the plan's algorithm
          01 01 00           # arc, ef14, first_gradient
          cd cc cc 3d        # eta 0.1

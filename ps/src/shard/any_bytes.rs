@@ -11,8 +11,8 @@ use arc_topk_common::config::algorithm::{Compressor, Feedback, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, RunId, ShardId, Step};
 use arc_topk_common::plan::{DType, Plan, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, Direction, FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, Place,
-    RoundShape, append_selection,
+    Control, Direction, FrameFlags, FrameHeader, FrameKind, Hello, Intent, JoinWhen,
+    PROTOCOL_VERSION, Place, RoundShape, append_selection,
 };
 use bytes::Bytes;
 use core::time::Duration;
@@ -216,7 +216,7 @@ impl Play {
                 253 => Step(1),
                 _ => Step(0),
             },
-            elastic: source.flag(),
+            when: [JoinWhen::Start, JoinWhen::Any, JoinWhen::Running][source.below(3) as usize],
         };
         self.hello(session, session.0 as u8, intent)
     }
@@ -443,7 +443,7 @@ impl Play {
         let ranks = status.members.len() + 256;
         assert!(early.max(told) <= 16 * job.rounds.buckets_here() * 2 * ranks);
         assert!(job.applicants.len() as u64 <= SESSIONS);
-        assert!(job.digests.held() <= 9 * 256);
+        assert!(job.digests.held() <= 17 * 256);
     }
 }
 

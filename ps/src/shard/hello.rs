@@ -221,6 +221,10 @@ impl Shard {
     ) -> Result<(), Refusal> {
         self.find_job(now, newcomer, out)?;
         self.check_plan(newcomer.hello)?;
+        if let Some(job) = &mut self.job {
+            // Also where it is refused: no rank is given twice.
+            job.members.avoid_ranks_before(newcomer.place.next_rank);
+        }
         self.check_place(newcomer)?;
         let Some(job) = &mut self.job else {
             return Ok(());

@@ -9,15 +9,16 @@ use super::event::{Action, Observation, SessionId, ShardConfig};
 use super::hello::Refusal;
 use super::leaving::MEMBER_TIMEOUT;
 use super::members::Waited;
-use super::{Life, Shard};
+use super::{Job, Life, Shard};
 use arc_topk_common::ids::{Epoch, Rank, RunId, Step};
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_common::wire::{Control, Hello, Intent, MAX_WORLD, RefusalCode, Welcome};
+use arc_topk_common::wire::{Control, Hello, Intent, JoinWhen, MAX_WORLD, RefusalCode, Welcome};
 use core::time::Duration;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// How long a donor may take before another one is asked.
 const DONOR_TIMEOUT: Duration = Duration::from_secs(600);
+const NOTHING_RUNS: &str = "no job runs that this worker could join, and it has no state to start one from: start the job again from its newest snapshot or checkpoint";
 const RUNS_ALREADY: &str = "the job runs already, and this worker cannot take its state from a snapshot: wait until the job ends";
 
 /// A worker that wants a place.
@@ -28,8 +29,7 @@ pub(super) struct Applicant {
     pub(super) incarnation: [u8; 16],
     asked: Option<Rank>,
     start: Step,
-    /// It can take its state from a snapshot.
-    elastic: bool,
+    when: JoinWhen,
     /// Who was asked to help it.
     donor: Option<Donor>,
 }
@@ -55,7 +55,7 @@ impl Shard {
         let Intent::Join {
             rank,
             start_step,
-            elastic,
+            when,
             ..
         } = hello.intent
         else {
@@ -67,11 +67,11 @@ impl Shard {
             incarnation: hello.incarnation,
             asked: rank,
             start: start_step,
-            elastic,
+            when,
             donor: None,
         };
         self.check_plan(hello)?;
-        self.gather(applicant, &hello.plan)?;
+        self.gather(now, applicant, &hello.plan)?;
         let Some(job) = &self.job else {
             return Ok(());
         };
@@ -86,7 +86,14 @@ impl Shard {
         Ok(())
     }
 
-    fn check_applicant(&self, applicant: &Applicant) -> Result<(), Refusal> {
+    fn check_applicant(&self, now: Duration, applicant: &Applicant) -> Result<(), Refusal> {
+        let gathers = self
+            .job
+            .as_ref()
+            .is_none_or(|job| matches!(job.life, Life::Gathering));
+        if gathers && applicant.when == JoinWhen::Running && !self.is_patient(now) {
+            return Err(Refusal(RefusalCode::World, NOTHING_RUNS.to_owned()));
+        }
         let Some(job) = &self.job else {
             return self.check_asked(applicant);
         };
@@ -95,10 +102,9 @@ impl Shard {
             return Err(Refusal(RefusalCode::World, detail));
         }
         if !matches!(job.life, Life::Gathering) {
-            return if applicant.elastic {
-                Ok(())
-            } else {
-                Err(Refusal(RefusalCode::World, RUNS_ALREADY.to_owned()))
+            return match applicant.when {
+                JoinWhen::Start => Err(Refusal(RefusalCode::World, RUNS_ALREADY.to_owned())),
+                JoinWhen::Any | JoinWhen::Running => Ok(()),
             };
         }
         self.check_asked(applicant)?;
@@ -143,14 +149,14 @@ impl Shard {
 
     /// Gives ranks when the world is complete, else says how many are there.
     pub(super) fn start_or_wait(&mut self, now: Duration, out: &mut Vec<Action>) {
-        let world = self.config.world;
+        let (world, patient) = (self.config.world, self.is_patient(now));
+        if !patient {
+            self.refuse_those_that_have_nothing_to_join(out);
+        }
         let Some(job) = &mut self.job else {
             return;
         };
         let gathering = matches!(job.life, Life::Gathering);
-        let patient = self
-            .born
-            .is_some_and(|born| now < born + self.config.start_grace);
         if !gathering || job.applicants.len() < usize::from(world) || patient {
             let joined = job.applicants.len() + job.members.connected_count();
             let message = Control::Waiting {
@@ -200,11 +206,19 @@ impl Shard {
         self.refuse_the_inelastic(out);
     }
 
-    /// When a world that is complete begins, if it has to wait.
+    /// Members of a job that was here may still be about to come.
+    fn is_patient(&self, now: Duration) -> bool {
+        self.born
+            .is_some_and(|born| now < born + self.config.start_grace)
+    }
+
+    /// When a world that is complete begins, if it has to wait; and when it is known that no job runs.
     pub(super) fn start_deadline(&self) -> Option<Duration> {
         let job = self.job.as_ref()?;
         let complete = job.applicants.len() >= usize::from(self.config.world);
-        let waits = matches!(job.life, Life::Gathering) && complete;
+        let joins = |applicant: &Applicant| applicant.when == JoinWhen::Running;
+        let decides = complete || job.applicants.iter().any(joins);
+        let waits = matches!(job.life, Life::Gathering) && decides;
         self.born
             .filter(|_| waits)
             .map(|born| born + self.config.start_grace)
@@ -315,17 +329,28 @@ impl Shard {
         }
     }
 
-    /// The job begins anew with those that wait, as if they had come now.
+    /// The job has ended, and those that wait begin anew, as if they had come now. It had come to step `at`: whoever would
+    /// start before that looks first whether there is a snapshot by now, and comes again.
     pub(super) fn start_anew(
         &mut self,
         now: Duration,
         applicants: Vec<Applicant>,
         spec: &PlanSpec,
+        at: Step,
         out: &mut Vec<Action>,
     ) {
         for mut applicant in applicants {
             applicant.donor = None;
-            if let Err(Refusal(code, detail)) = self.gather(applicant.clone(), spec) {
+            let gathered = if applicant.start < at {
+                let detail = format!(
+                    "the job for which the worker waited has ended at step {at}, and it starts at step {}: look for the newest snapshot, and come again",
+                    applicant.start
+                );
+                Err(Refusal(RefusalCode::Step, detail))
+            } else {
+                self.gather(now, applicant.clone(), spec)
+            };
+            if let Err(Refusal(code, detail)) = gathered {
                 super::refuse(applicant.session, code, &detail, out);
             }
         }
@@ -333,8 +358,13 @@ impl Shard {
     }
 
     /// Takes in one that wants a place.
-    fn gather(&mut self, applicant: Applicant, spec: &PlanSpec) -> Result<(), Refusal> {
-        self.check_applicant(&applicant)?;
+    fn gather(
+        &mut self,
+        now: Duration,
+        applicant: Applicant,
+        spec: &PlanSpec,
+    ) -> Result<(), Refusal> {
+        self.check_applicant(now, &applicant)?;
         if self.job.is_none() {
             self.job = Some(self.new_job(spec, applicant.start, Life::Gathering)?);
         }
@@ -344,15 +374,29 @@ impl Shard {
         Ok(())
     }
 
+    /// No member of a job has come in the time that they had: those that have lost their state cannot start one.
+    fn refuse_those_that_have_nothing_to_join(&mut self, out: &mut Vec<Action>) {
+        let gathering = |job: &&mut Job| matches!(job.life, Life::Gathering);
+        let Some(job) = self.job.as_mut().filter(gathering) else {
+            return;
+        };
+        let joins = |applicant: &mut Applicant| applicant.when == JoinWhen::Running;
+        for applicant in job.applicants.extract_if(.., joins) {
+            let code = RefusalCode::World;
+            super::refuse(applicant.session, code, NOTHING_RUNS, out);
+        }
+        if job.applicants.is_empty() {
+            self.forget_job(out);
+        }
+    }
+
     /// The job runs already: those that wait and cannot take their state from a snapshot are refused.
     pub(super) fn refuse_the_inelastic(&mut self, out: &mut Vec<Action>) {
         let Some(job) = &mut self.job else {
             return;
         };
-        let refused = job
-            .applicants
-            .extract_if(.., |applicant| !applicant.elastic);
-        for applicant in refused {
+        let inelastic = |applicant: &mut Applicant| applicant.when == JoinWhen::Start;
+        for applicant in job.applicants.extract_if(.., inelastic) {
             super::refuse(applicant.session, RefusalCode::World, RUNS_ALREADY, out);
         }
     }
@@ -430,7 +474,7 @@ impl Shard {
     }
 }
 
-impl super::Job {
+impl Job {
     /// Workers that may come in.
     fn room(&self, config: &ShardConfig) -> usize {
         let max = usize::from(config.max_workers.max(config.world));

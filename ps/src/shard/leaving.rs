@@ -115,9 +115,9 @@ impl Shard {
         };
         job.rounds.abandon(now, out);
         let applicants = core::mem::take(&mut job.applicants);
-        let spec = job.plan.spec.clone();
+        let (spec, at) = (job.plan.spec.clone(), job.rounds.step());
         self.forget_job(out);
-        self.start_anew(now, applicants, &spec, out);
+        self.start_anew(now, applicants, &spec, at, out);
     }
 
     /// Shard 0: members that have been away too long, and jobs of which nobody has come back.

@@ -15,6 +15,9 @@ pub const RETURN_GRACE: Duration = Duration::from_secs(1);
 /// Changes of the membership that a restarted coordinator may not have been told.
 const EPOCHS_MISSED: u32 = 1024;
 
+/// Ranks that a restarted coordinator's predecessor may have given unheard.
+const RANKS_MISSED: u16 = 64;
+
 /// Changes of the membership that a coordinator may have made without any member that comes to its successor hearing of
 /// them. Far below [`EPOCHS_MISSED`], so that some restarts in a row are not taken for a lie.
 const EPOCHS_UNHEARD: u32 = 16;
@@ -267,6 +270,13 @@ impl Members {
     /// gets a number that none of those has.
     pub(super) fn outnumber_forgotten_lists(&mut self) {
         self.epoch = Epoch(self.epoch.0.saturating_add(EPOCHS_UNHEARD));
+    }
+
+    /// Somebody knows that ranks before this one were given, by a coordinator that is gone. One far ahead is a lie.
+    pub(super) fn avoid_ranks_before(&mut self, next_rank: u16) {
+        if next_rank.saturating_sub(self.next_rank) <= RANKS_MISSED {
+            self.next_rank = self.next_rank.max(next_rank);
+        }
     }
 
     /// Others know of a newer list than shard 0, which was restarted and told too little: its own gets the higher number.

@@ -19,7 +19,7 @@
 //! `members.rs`. Joining a running job: `joining.rs`; losing and leaving: `leaving.rs`; being told: `recovery.rs`.
 //!
 //! # Rounds
-//! Keyed by (step, bucket); see `round.rs` and `rounds.rs`. New rounds are taken in a window of two steps: the
+//! Keyed by (step, bucket); see `round.rs` and `rounds/`. New rounds are taken in a window of two steps: the
 //! lowest with a bucket not yet closed, and the next. Answers of the last [`RETAIN_STEPS`] are kept for workers that come
 //! late; nothing else is kept between rounds.
 //!
@@ -358,11 +358,10 @@ impl Shard {
             })
     }
 
-    /// Whether the job would end if one more member went, or has too few already.
+    /// Whether the job might end if one more member went: those that are away or about to join may not come.
     fn has_none_to_spare(&self) -> bool {
         self.job.as_ref().is_some_and(|job| {
-            let members = job.members.count() + job.applicants.len();
-            members <= usize::from(self.config.min_workers)
+            job.members.connected_count() <= usize::from(self.config.min_workers)
         })
     }
 

@@ -11,8 +11,8 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, MAX_ROSTER_BYTES, PROTOCOL_VERSION,
-    RefusalCode, Welcome,
+    Control, FrameFlags, FrameHeader, FrameKind, Hello, Intent, JoinWhen, MAX_ROSTER_BYTES,
+    PROTOCOL_VERSION, RefusalCode, Welcome,
 };
 use arc_topk_ps::server::{ServeOptions, Server, Timeouts};
 use arc_topk_ps::shard::ShardConfig;
@@ -91,7 +91,7 @@ pub fn join(rank: Option<Rank>) -> Intent {
         rank,
         world: None,
         start_step: Step(0),
-        elastic: false,
+        when: JoinWhen::Start,
     }
 }
 

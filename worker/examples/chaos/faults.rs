@@ -127,6 +127,23 @@ impl Chaos {
         Ok(())
     }
 
+    /// Makes the pool as large as it was at the start, so that what follows is the work of as many workers.
+    pub(crate) fn make_up(&mut self, job: &mut Job<'_>, workers: usize) -> Result<(), AnyError> {
+        while job.steps_left() >= LAST_STEPS && job.workers().len() != workers {
+            let there = job.workers();
+            if there.len() < workers {
+                if job.add()?.is_none() {
+                    break;
+                }
+            } else {
+                job.remove(there[there.len() - 1]);
+            }
+            let healed = job.await_all(Instant::now(), OVER_AFTER, HEALS_WITHIN)?;
+            self.unhealed += usize::from(!healed);
+        }
+        Ok(())
+    }
+
     /// Kills without waiting for anything to heal, one every `pause` on average, as long as two workers take part.
     pub(crate) fn rain(
         &mut self,

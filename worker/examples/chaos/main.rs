@@ -121,6 +121,7 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
         None => chaos.run(&mut job, &lab, last)?,
         Some(seconds) => chaos.rain(&mut job, Duration::try_from_secs_f64(seconds)?, last)?,
     }
+    chaos.make_up(&mut job, usize::from(cli.workers))?;
     let end = job.finish()?;
     drop(lab);
     settings.pace_ms = 0;

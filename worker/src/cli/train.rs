@@ -20,7 +20,7 @@ use arc_topk_common::config::{
 use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::metrics::{SnapshotEnd, WorkerMetrics};
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_common::wire::RefusalCode;
+use arc_topk_common::wire::{JoinWhen, RefusalCode};
 use arc_topk_transport::IdentitySource;
 use arc_topk_transport::certs::Role;
 use clap::Args;
@@ -149,36 +149,28 @@ impl TrainCommand {
             store: Some(Arc::clone(&store)),
             ..config.clone()
         };
-        let mut message = |text: &str| tracing::warn!("{text}");
-        // Without a checkpoint that all ranks have it can still join a job that runs.
-        let (point, no_checkpoint) =
-            match resume_point(&self.train, self.peers.rank, Some(&*store), &mut message) {
-                Ok(point) => (point, None),
-                Err(TrainError::Checkpoint(error @ CheckpointError::NotCommon { .. })) => {
-                    (None, Some(error))
-                }
-                Err(error) => return Err(error.into()),
-            };
         let mut net = self.net_config(identity, metrics);
-        if let Some(point) = point {
-            net.start_step = Step(point.step);
-            net.start_update = point.update;
-            net.rank = net.rank.or(point.only_rank.map(Rank));
-            config.snapshot = point.snapshot;
-        }
+        let mut no_checkpoint = self.look_for_state(&*store, &mut net, &mut config)?;
         let mut rejoins = Rejoins::default();
+        let mut looked_again = None;
         loop {
             let before = watch.steps.len();
-            let again = rejoins.any() || no_checkpoint.is_some();
-            let error = match self.take_part(&net, &config, spec, data, watch, again) {
+            let error = match self.take_part(&net, &config, spec, data, watch) {
                 Ok(summary) => return Ok(summary),
                 Err(error) if may_join_again(&error) => error,
-                Err(CliError::NothingToJoin) if no_checkpoint.is_some() => {
-                    return Err(no_checkpoint.map_or(CliError::NothingToJoin, |error| {
-                        TrainError::from(error).into()
-                    }));
+                // The job for which it waited may have ended, with a newer snapshot than it knows of.
+                Err(error)
+                    if refused_with(&error, RefusalCode::Step)
+                        && looked_again != Some(net.start_step) =>
+                {
+                    looked_again = Some(net.start_step);
+                    watch.progress.complaint(&format!(
+                        "arc-worker: {error}; looking where to go on from, and joining again"
+                    ));
+                    no_checkpoint = self.look_for_state(&*store, &mut net, &mut config)?;
+                    continue;
                 }
-                Err(error) => return Err(error),
+                Err(error) => return Err(without_state(error, net.when, no_checkpoint)),
             };
             metrics.superseded();
             let Some(pause) = rejoins.next_pause(watch.steps.len() - before) else {
@@ -192,8 +184,35 @@ impl TrainCommand {
             std::thread::sleep(pause);
             // As a newcomer, with whatever rank it is given and the state of a member.
             net.rank = None;
+            net.when = JoinWhen::Running;
             config.snapshot = None;
         }
+    }
+
+    /// Finds out from where this worker would start a job, and asks for that. What keeps it from starting one, if it can
+    /// still join one that runs: checkpoints that not all ranks have.
+    fn look_for_state(
+        &self,
+        store: &dyn SnapshotStore,
+        net: &mut NetConfig,
+        config: &mut TrainConfig,
+    ) -> Result<Option<CheckpointError>, CliError> {
+        let mut message = |text: &str| tracing::warn!("{text}");
+        let point = match resume_point(&self.train, self.peers.rank, Some(store), &mut message) {
+            Ok(point) => point,
+            Err(TrainError::Checkpoint(error @ CheckpointError::NotCommon { .. })) => {
+                net.when = JoinWhen::Running;
+                return Ok(Some(error));
+            }
+            Err(error) => return Err(error.into()),
+        };
+        if let Some(point) = point {
+            net.start_step = Step(point.step);
+            net.start_update = point.update;
+            net.rank = net.rank.or(point.only_rank.map(Rank));
+            config.snapshot = point.snapshot;
+        }
+        Ok(None)
     }
 
     /// Joins the job and trains until its end, or until the job goes on without this worker.
@@ -204,14 +223,11 @@ impl TrainCommand {
         spec: &PlanSpec,
         data: &Arc<Dataset>,
         watch: &mut Watch,
-        again: bool,
     ) -> Result<RunSummary, CliError> {
         let session = QuicReducer::connect(net.clone(), spec.clone())?;
         let metrics = Arc::clone(&watch.pages.metrics);
         if session.needs_snapshot().is_some() {
             metrics.joined_running_job();
-        } else if again {
-            return Err(CliError::NothingToJoin);
         }
         let mut reducer: Box<dyn Reducer> = Box::new(MeteredReducer::new(session, metrics));
         watch.joined(reducer.rank());
@@ -227,7 +243,7 @@ impl TrainCommand {
         NetConfig {
             rank: self.peers.rank.map(Rank),
             world: self.peers.workers,
-            elastic: true,
+            when: JoinWhen::Any,
             connect_timeout: Duration::from_secs_f64(self.peers.connect_timeout_seconds),
             reconnect_timeout: Duration::from_secs_f64(self.peers.reconnect_timeout_seconds),
             progress_timeout: Duration::from_secs_f64(self.peers.progress_timeout_seconds),
@@ -241,15 +257,33 @@ impl TrainCommand {
 fn may_join_again(error: &CliError) -> bool {
     match error {
         CliError::Train(error) => error.may_join_again(),
-        CliError::Connect(ConnectError::Refused { code, .. }) => *code == RefusalCode::Superseded,
-        _ => false,
+        _ => refused_with(error, RefusalCode::Superseded),
+    }
+}
+
+/// Whether shards gave no place for this reason.
+fn refused_with(error: &CliError, why: RefusalCode) -> bool {
+    matches!(error, CliError::Connect(ConnectError::Refused { code, .. }) if *code == why)
+}
+
+/// What is to be said of a worker that could only have joined a job that runs: why it could not start one.
+fn without_state(
+    error: CliError,
+    when: JoinWhen,
+    no_checkpoint: Option<CheckpointError>,
+) -> CliError {
+    if when != JoinWhen::Running || !refused_with(&error, RefusalCode::World) {
+        return error;
+    }
+    match no_checkpoint {
+        Some(error) => TrainError::from(error).into(),
+        None => CliError::NothingToJoin,
     }
 }
 
 /// How often a worker has joined again, and how long it pauses before it does.
 #[derive(Debug, Default)]
 struct Rejoins {
-    any: bool,
     /// Since it last made good progress.
     in_a_row: u32,
 }
@@ -259,16 +293,11 @@ impl Rejoins {
     const PROGRESS: usize = 50;
     const MOST: u32 = 6;
 
-    fn any(&self) -> bool {
-        self.any
-    }
-
     /// The pause before the next attempt, if there is to be one, after a session of `steps` steps.
     fn next_pause(&mut self, steps: usize) -> Option<Duration> {
         if steps >= Self::PROGRESS {
             self.in_a_row = 0;
         }
-        self.any = true;
         self.in_a_row += 1;
         (self.in_a_row <= Self::MOST).then(|| Duration::from_secs(1 << (self.in_a_row - 1)))
     }
@@ -380,13 +409,11 @@ mod tests {
     #[test]
     fn a_worker_joins_again_ever_more_slowly_and_not_for_ever() {
         let mut rejoins = Rejoins::default();
-        assert!(!rejoins.any());
         let mut pauses = Vec::new();
         while let Some(pause) = rejoins.next_pause(0) {
             pauses.push(pause.as_secs());
         }
         assert_eq!(pauses, [1, 2, 4, 8, 16, 32]);
-        assert!(rejoins.any());
         assert_eq!(
             rejoins.next_pause(Rejoins::PROGRESS),
             Some(Duration::from_secs(1))
@@ -405,6 +432,37 @@ mod tests {
         };
         assert!(!may_join_again(&TrainError::from(ended).into()));
         assert!(!may_join_again(&CliError::NothingToJoin));
+    }
+
+    #[test]
+    fn one_that_can_only_join_says_why_it_could_not_start() {
+        let refused = |code| {
+            CliError::from(ConnectError::Refused {
+                shard: 0,
+                address: String::new(),
+                code,
+                detail: String::new(),
+            })
+        };
+        let not_common = || CheckpointError::NotCommon {
+            directory: PathBuf::new(),
+            step: 3,
+            rank: 1,
+            has: vec![2],
+        };
+        let said = |error, when, why| without_state(error, when, why).to_string();
+        // It could have started one.
+        let world = || refused(RefusalCode::World);
+        assert_eq!(said(world(), JoinWhen::Any, None), world().to_string());
+        let when = JoinWhen::Running;
+        assert_eq!(
+            said(world(), when, None),
+            CliError::NothingToJoin.to_string()
+        );
+        let told = said(world(), when, Some(not_common()));
+        assert!(told.contains("no checkpoint of step 3"), "{told}");
+        let plan = || refused(RefusalCode::Plan);
+        assert_eq!(said(plan(), when, Some(not_common())), plan().to_string());
     }
 
     #[test]

@@ -112,6 +112,7 @@ impl Member {
         if restarted && shard == ShardId(0) {
             // A new coordinator knows of no joiner; it asks again.
             self.donation_due = false;
+            self.donates = false;
             self.donated = None;
         }
         self.adopt(welcome.place, "told by a Welcome", out);

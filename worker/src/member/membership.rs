@@ -62,7 +62,8 @@ impl Member {
                 };
                 self.membership_came(place, away, &reason, out);
             }
-            Control::Donate if !self.donation_due => {
+            // A copy that is on its way serves those that ask meanwhile, too.
+            Control::Donate if !self.donation_due && !self.donates => {
                 self.donation_due = true;
                 out.push(Output::Notice(Notice::DonationAsked));
             }

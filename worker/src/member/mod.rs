@@ -201,6 +201,8 @@ pub struct Member {
     /// Told the shards not to.
     away: bool,
     donation_due: bool,
+    /// A copy of the replica is on its way to the store.
+    donates: bool,
     /// To be told to shard 0.
     donated: Option<Step>,
     left: bool,
@@ -233,6 +235,7 @@ impl Member {
             waited: config.waited,
             away: false,
             donation_due: false,
+            donates: false,
             donated: None,
             left: false,
             failed: false,

@@ -109,9 +109,11 @@ impl Member {
         self.donation_due
     }
 
-    /// The copy is made and is on its way to the store: shards keep the answers from its step on.
+    /// The copy is made and is on its way to the store: shards keep the answers from its step on. It serves all that ask
+    /// until it is there.
     pub fn donation_taken(&mut self, step: Step, out: &mut Vec<Output>) {
         self.donation_due = false;
+        self.donates = true;
         if !self.failed {
             for shard in (0..self.machine.plan().spec.shards).map(ShardId) {
                 self.send(shard, Control::Donating { step }, out);
@@ -119,8 +121,15 @@ impl Member {
         }
     }
 
+    /// The copy did not come into the store: another one is due.
+    pub fn donation_failed(&mut self) {
+        self.donation_due |= self.donates;
+        self.donates = false;
+    }
+
     /// The snapshot of this step is in the store.
     pub fn donated(&mut self, step: Step, out: &mut Vec<Output>) {
+        self.donates = false;
         if self.failed {
             return;
         }
@@ -136,6 +145,15 @@ impl Member {
         if !self.failed {
             self.send(ShardId(0), message, out);
         }
+    }
+
+    /// No more steps come. Rounds need not wait for this worker, which is still there.
+    pub fn step_aside(&mut self, out: &mut Vec<Output>) {
+        if self.failed || self.left {
+            return;
+        }
+        self.waited = false;
+        self.tell_readiness(out);
     }
 
     /// Leaves the job in order. Connections that close from now on are no loss.

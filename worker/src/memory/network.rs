@@ -3,7 +3,9 @@
 use crate::step::Outgoing;
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
 use arc_topk_common::plan::PlanSpec;
-use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION, Place};
+use arc_topk_common::wire::{
+    Control, FrameHeader, Hello, Intent, JoinWhen, PROTOCOL_VERSION, Place,
+};
 use arc_topk_ps::shard::{Action, Event, Report, SessionId, Shard, ShardConfig};
 use bytes::Bytes;
 use core::time::Duration;
@@ -67,7 +69,7 @@ impl Network {
                 rank: Some(rank),
                 world: Some(world),
                 start_step: start,
-                elastic: false,
+                when: JoinWhen::Start,
             };
             network.introduce(spec, rank, ShardId(0), intent, &mut seat);
         }

@@ -1,6 +1,7 @@
 //! How a worker joins a job, and what it is told meanwhile.
 
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step};
+use arc_topk_common::wire::JoinWhen;
 use arc_topk_transport::{IdentitySource, TransportConfig};
 use std::fmt;
 use std::sync::Arc;
@@ -77,10 +78,10 @@ pub struct NetConfig {
     pub start_step: Step,
     /// First update (skipped steps not counted): 0, or that of the checkpoint.
     pub start_update: u64,
-    /// Whether this worker can take its state from a snapshot, and so join a job that runs already. Then
+    /// Into which jobs it can come. One that can take its state from a snapshot may join a job that runs already: then
     /// [`QuicReducer::connect`](super::QuicReducer::connect) may return one that
     /// [needs a snapshot](crate::reducer::Reducer::needs_snapshot).
-    pub elastic: bool,
+    pub when: JoinWhen,
     /// How long shards are tried before giving up: they may start after the workers.
     pub connect_timeout: Duration,
     /// How long shard 0 may wait for the other workers.
@@ -113,7 +114,7 @@ impl NetConfig {
             world: None,
             start_step: Step(0),
             start_update: 0,
-            elastic: false,
+            when: JoinWhen::Start,
             connect_timeout: Duration::from_secs(30),
             join_timeout: Duration::from_secs(600),
             reconnect_timeout: Duration::from_secs(300),

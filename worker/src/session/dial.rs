@@ -72,7 +72,7 @@ impl Dialer {
             rank: self.config.rank,
             world: self.config.world,
             start_step: self.config.start_step,
-            elastic: self.config.elastic,
+            when: self.config.when,
         };
         self.first(ShardId(0), intent).await
     }

@@ -49,7 +49,7 @@ pub use error::ConnectError;
 
 use crate::backend::{Backend, CpuBackend};
 use crate::member::{Member, MemberConfig};
-use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
+use crate::reducer::{CurrentMembers, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Rank, RunId, ShardId, Step, TensorId};
@@ -323,14 +323,9 @@ impl Reducer for QuicReducer {
         self.shared.core().member.place().members.clone()
     }
 
-    fn live_ranks(&self) -> LiveRanks {
+    fn current_members(&self) -> CurrentMembers {
         let shared = Arc::clone(&self.shared);
-        Arc::new(move || {
-            let core = shared.core();
-            let (place, away) = (core.member.place(), core.member.away());
-            let members = place.members.iter().copied();
-            members.filter(|rank| !away.contains(rank)).collect()
-        })
+        Arc::new(move || shared.core().member.place().members.clone())
     }
 
     fn live_workers(&self) -> u16 {
@@ -419,8 +414,18 @@ impl Reducer for QuicReducer {
             .tell(|member, out| member.donation_taken(step, out));
     }
 
-    fn donated(&mut self, step: Step) {
-        self.shared.tell(|member, out| member.donated(step, out));
+    fn donation_ended(&mut self, step: Step, stored: bool) {
+        self.shared.tell(|member, out| {
+            if stored {
+                member.donated(step, out);
+            } else {
+                member.donation_failed();
+            }
+        });
+    }
+
+    fn step_aside(&mut self) {
+        self.shared.tell(Member::step_aside);
     }
 
     fn digest(&mut self, step: Step, digest: [u8; 32]) {

@@ -25,6 +25,7 @@ fn manifest(step: u64, pieces: u16) -> Manifest {
     Manifest {
         snapshot: id(step),
         update: step,
+        members: 1,
         parts: vec![
             part(Owner::Replica, pieces),
             part(Owner::Rank(Rank(0)), pieces),

@@ -6,7 +6,7 @@ use super::tests::{Log, local, small, sparse, spec};
 use super::*;
 use crate::memory::{MemoryCluster, MemoryOptions};
 use crate::record::RunSummary;
-use crate::reducer::{LiveRanks, Reducer, StepStart, TrainReport};
+use crate::reducer::{CurrentMembers, Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use crate::store::SnapshotInfo;
 use arc_topk_common::config::algorithm::Feedback;
@@ -172,7 +172,8 @@ impl<R: Reducer> Reducer for Elastic<R> {
     fn donation_due(&self) -> bool {
         self.due && self.step == 3
     }
-    fn donated(&mut self, step: Step) {
+    fn donation_ended(&mut self, step: Step, stored: bool) {
+        assert!(stored);
         self.donated.push(step);
     }
     fn digest(&mut self, step: Step, digest: [u8; 32]) {
@@ -485,10 +486,10 @@ fn a_snapshot_does_not_wait_for_the_part_of_one_that_is_gone() {
         ..Checkpoint::default()
     };
     let looks = Arc::new(AtomicUsize::new(0));
-    let live: LiveRanks = {
+    let current: CurrentMembers = {
         let looks = Arc::clone(&looks);
         Arc::new(move || {
-            // Rank 2 is lost, and rank 1 leaves once its part is there.
+            // Rank 2 is lost, and rank 1 has left since its part is there.
             match looks.fetch_add(1, Ordering::SeqCst) {
                 0 => vec![Rank(0), Rank(1), Rank(2)],
                 _ => vec![Rank(0)],
@@ -498,7 +499,7 @@ fn a_snapshot_does_not_wait_for_the_part_of_one_that_is_gone() {
     let lead = Lead {
         replica: part(9),
         members: vec![Rank(0), Rank(1), Rank(2)],
-        live,
+        current,
         all_or_none: false,
     };
     shelf

@@ -2,8 +2,10 @@
 //!
 //! | rule | what is kept | how |
 //! |---|---|---|
-//! | ef14 | the mean pending residual, (1/N) Σ eᵢ | new worker j of M takes Σ eᵢ over the old ones i ≡ j (mod M), times M/N |
+//! | ef14 | the mean pending residual, (1/N) Σ eᵢ | new worker j of M takes Σ eᵢ over the i-th old ones, i ≡ j (mod M), times M/N |
 //! | ef21, ef21m | H = mean hᵢ | as many as before: each its own h and v; otherwise h = v = H on all |
+//!
+//! N counts all old workers, also those whose part of a snapshot did not come: their eᵢ count as 0.
 //!
 //! A worker that joins a running job takes e = 0, or h = v = H: neither the residual that is pending, as a sum, nor
 //! H = mean h changes by it.
@@ -25,7 +27,7 @@ pub(super) fn own(mut arrays: Arrays) -> Arrays {
     arrays
 }
 
-/// Positions, among `old` workers, of those whose state new worker `new` of `world` goes on from.
+/// Positions, among `old` workers whose state is there, of those whose state new worker `new` of `world` goes on from.
 pub(super) fn sources(old: usize, new: usize, world: usize) -> Vec<usize> {
     (new..old).step_by(world.max(1)).collect()
 }
@@ -140,6 +142,29 @@ mod tests {
             }
             if world == old.len() {
                 prop_assert_eq!(new, old);
+            }
+        }
+
+        #[test]
+        fn parts_that_did_not_come_count_as_zeros(
+            there in prop::collection::vec(prop::collection::vec(-10.0f32..10.0, 5), 1..7),
+            missing in 1usize..4,
+            world in 1usize..9,
+        ) {
+            let (members, template) = (there.len() + missing, vec![named(RESIDUAL, &[0.0; 5])]);
+            let new: Vec<Vec<f32>> = (0..world)
+                .map(|j| {
+                    let own: Vec<Arrays> = sources(there.len(), j, world)
+                        .into_iter()
+                        .map(|i| vec![named(RESIDUAL, &there[i])])
+                        .collect();
+                    let arrays = taken_over(&template, &Vec::new(), &own, members, world);
+                    arrays.unwrap().pop().unwrap().1
+                })
+                .collect();
+            let whole = [there, vec![vec![0.0; 5]; missing]].concat();
+            for (a, b) in mean(&whole).iter().zip(mean(&new)) {
+                prop_assert!((a - b).abs() < 1e-5, "{a} {b}");
             }
         }
 

@@ -278,14 +278,16 @@ impl<'a> Run<'a> {
         let (Some(mut uploads), Some(run)) = (self.uploads.take(), reducer.run()) else {
             return Ok(());
         };
-        if let Some(donated) = uploads.note(false, observer) {
-            reducer.donated(donated.step);
+        if let Some((id, stored)) = uploads.note(false, observer) {
+            reducer.donation_ended(id.step, stored);
         }
-        if reducer.donation_due() && !uploads.donates() {
+        if reducer.donation_due() && uploads.may_donate() {
             let replica = self.replica(reducer.export_shared())?;
             let step = Step(replica.step);
             reducer.donating(step);
-            uploads.donate(SnapshotId { step, run }, replica);
+            if !uploads.donate(SnapshotId { step, run }, replica) {
+                reducer.donation_ended(step, false);
+            }
         }
         if due && uploads.is_free(observer) {
             let mut state = reducer.export_state();
@@ -301,7 +303,7 @@ impl<'a> Run<'a> {
                 Some(Lead {
                     replica: self.replica(reducer.export_shared())?,
                     members: reducer.members(),
-                    live: reducer.live_ranks(),
+                    current: reducer.current_members(),
                     all_or_none: matches!(feedback, Feedback::Ef21 | Feedback::Ef21m),
                 })
             } else {
@@ -407,10 +409,12 @@ impl<'a> Run<'a> {
         reducer: &mut dyn Reducer,
         observer: &mut dyn Observer,
     ) -> Result<RunSummary, TrainError> {
-        if let Some(mut uploads) = self.uploads.take()
-            && let Some(donated) = uploads.note(true, observer)
-        {
-            reducer.donated(donated.step);
+        if let Some(mut uploads) = self.uploads.take() {
+            // What is on its way may take long, and the others need not wait for that.
+            reducer.step_aside();
+            if let Some((id, stored)) = uploads.note(true, observer) {
+                reducer.donation_ended(id.step, stored);
+            }
         }
         let losses = &self.last_losses;
         if !losses.is_empty() {

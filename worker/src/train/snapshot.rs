@@ -4,15 +4,15 @@
 //!
 //! - a *donation* is the replica, for one worker that joins; nothing is committed;
 //! - a *snapshot* is every worker's own feedback state and, by the leader, the replica. The leader looks into the store
-//!   until the parts of all members are there, then commits. The part of a member that is gone is left out, and so is one
-//!   that does not come in [`PARTS_PATIENCE`].
+//!   until the parts of all members are there, then commits. The part of one that is no member any more is left out, and so
+//!   is one that does not come in [`PARTS_PATIENCE`].
 //!
 //! The training thread pays for a copy of the arrays and no more.
 
 use super::checkpoint::Checkpoint;
 use super::encoding::{decode, encode};
 use super::{Observer, SnapshotError};
-use crate::reducer::LiveRanks;
+use crate::reducer::CurrentMembers;
 use crate::store::{SnapshotInfo, StoreClient, StoreError};
 use arc_topk_common::ids::Rank;
 use arc_topk_common::metrics::SnapshotEnd;
@@ -25,6 +25,8 @@ use std::time::{Duration, Instant};
 
 /// How long the leader waits for the other members' parts.
 const PARTS_PATIENCE: Duration = Duration::from_secs(60);
+/// Between a donation that failed and the next attempt.
+const DONATION_PAUSE: Duration = Duration::from_secs(5);
 /// Between two looks into the store.
 const PARTS_INTERVAL: Duration = Duration::from_millis(500);
 
@@ -114,8 +116,8 @@ pub(super) struct Lead {
     pub(super) replica: Checkpoint,
     /// Ranks whose parts belong to the snapshot.
     pub(super) members: Vec<Rank>,
-    /// Those of them that can still put theirs into the store are among these.
-    pub(super) live: LiveRanks,
+    /// Who is a member still, and may put its part into the store.
+    pub(super) current: CurrentMembers,
     /// Whether a snapshot without the parts of some members is better without any: the estimates of ef21 are of use only
     /// together.
     pub(super) all_or_none: bool,
@@ -165,6 +167,8 @@ impl Upload {
 pub(super) struct Uploads {
     store: Arc<dyn SnapshotStore>,
     donation: Option<Upload>,
+    /// A donation failed, and is not tried again before then.
+    donate_after: Option<Instant>,
     snapshot: Option<Upload>,
     said_busy: bool,
 }
@@ -174,14 +178,18 @@ impl Uploads {
         Self {
             store,
             donation: None,
+            donate_after: None,
             snapshot: None,
             said_busy: false,
         }
     }
 
-    /// Whether a donation is on its way.
-    pub(super) fn donates(&self) -> bool {
-        self.donation.is_some()
+    /// Whether a donation may be started now: none is on its way, and none has failed a moment ago.
+    pub(super) fn may_donate(&self) -> bool {
+        self.donation.is_none()
+            && self
+                .donate_after
+                .is_none_or(|after| Instant::now() >= after)
     }
 
     /// Whether a snapshot may be started now. One that may not is counted and, once, reported.
@@ -198,8 +206,8 @@ impl Uploads {
         false
     }
 
-    /// Starts to put the replica into the store, for one that joins.
-    pub(super) fn donate(&mut self, id: SnapshotId, replica: Checkpoint) {
+    /// Starts to put the replica into the store, for one that joins. Whether it could.
+    pub(super) fn donate(&mut self, id: SnapshotId, replica: Checkpoint) -> bool {
         let store = Arc::clone(&self.store);
         self.donation = Upload::start(id, move || {
             let start = Instant::now();
@@ -211,6 +219,8 @@ impl Uploads {
                 committed: false,
             })
         });
+        self.donate_after = None;
+        self.donation.is_some()
     }
 
     /// Starts to put this worker's own part into the store and, for a leader, to complete the snapshot.
@@ -235,7 +245,7 @@ impl Uploads {
             if let Some(Lead {
                 replica,
                 members,
-                live,
+                current,
                 all_or_none,
             }) = lead
             {
@@ -244,7 +254,7 @@ impl Uploads {
                 uploaded.bytes += whole.total_bytes;
                 uploaded.seconds = start.elapsed().as_secs_f64();
                 drop(replica);
-                let (mut parts, missing) = await_parts(&*store, id, part, &members, &live)?;
+                let (mut parts, missing) = await_parts(&*store, id, part, &members, &current)?;
                 if all_or_none && !missing.is_empty() {
                     parts.clear();
                 }
@@ -252,6 +262,7 @@ impl Uploads {
                 store.commit(Manifest {
                     snapshot: id,
                     update,
+                    members: u16::try_from(members.len()).unwrap_or(u16::MAX),
                     parts,
                 })?;
                 uploaded.missing = missing;
@@ -262,12 +273,20 @@ impl Uploads {
         });
     }
 
-    /// Takes note of what is done; of everything, if `wait`. Returns the donation that is complete, if there is one.
-    pub(super) fn note(&mut self, wait: bool, observer: &mut dyn Observer) -> Option<SnapshotId> {
+    /// Takes note of what is done; of everything, if `wait`. Returns the donation that has ended, if one has, and whether
+    /// it is in the store.
+    pub(super) fn note(
+        &mut self,
+        wait: bool,
+        observer: &mut dyn Observer,
+    ) -> Option<(SnapshotId, bool)> {
         let mut donated = None;
         if let Some((id, result)) = Upload::take(&mut self.donation, wait) {
             report(id, "the replica for a worker that joins", &result, observer);
-            donated = result.is_ok().then_some(id);
+            if result.is_err() {
+                self.donate_after = Some(Instant::now() + DONATION_PAUSE);
+            }
+            donated = Some((id, result.is_ok()));
         }
         if let Some((id, result)) = Upload::take(&mut self.snapshot, wait) {
             report(id, "the snapshot", &result, observer);
@@ -286,19 +305,19 @@ fn put(
     store.upload_part(id, owner, encode(part).into())
 }
 
-/// The ranks' parts, `own` among them, once those of all `members` that are `live` are there or patience is at its end; and
-/// who is missing.
+/// The ranks' parts, `own` among them, once those of all `members` that are `current` ones are there or patience is at its
+/// end; and who is missing.
 fn await_parts(
     store: &dyn SnapshotStore,
     id: SnapshotId,
     own: PartInfo,
     members: &[Rank],
-    live: &LiveRanks,
+    current: &CurrentMembers,
 ) -> Result<(Vec<PartInfo>, Vec<Rank>), StoreError> {
     let deadline = Instant::now() + PARTS_PATIENCE;
     loop {
         // Before the look into the store: who leaves in order has stored its part before.
-        let live = live();
+        let current = current();
         let listed = store.parts(id)?;
         let part = |rank: &Rank| {
             let owner = Owner::Rank(*rank);
@@ -310,7 +329,7 @@ fn await_parts(
         let parts: Vec<PartInfo> = members.iter().filter_map(part).collect();
         let missing = members.iter().filter(|rank| part(rank).is_none());
         let missing: Vec<Rank> = missing.copied().collect();
-        let awaited = missing.iter().any(|rank| live.contains(rank));
+        let awaited = missing.iter().any(|rank| current.contains(rank));
         if !awaited || Instant::now() >= deadline {
             return Ok((parts, missing));
         }

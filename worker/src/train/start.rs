@@ -182,8 +182,11 @@ impl Run<'_> {
         self.take_replica(&replica, observer, &mismatch)?;
         let owners = info.manifest.parts.iter().map(|part| part.owner);
         let ranks: Vec<Owner> = owners.filter(|owner| *owner != Owner::Replica).collect();
-        let (old, world) = (ranks.len(), usize::from(reducer.world()));
-        let own = sources(old, reducer.rank().index(), world).into_iter();
+        let (old, world) = (
+            usize::from(info.manifest.members),
+            usize::from(reducer.world()),
+        );
+        let own = sources(ranks.len(), reducer.rank().index(), world).into_iter();
         let own: Vec<Arrays> = own
             .map(|position| Ok(fetch(ranks[position])?.feedback))
             .collect::<Result<_, SnapshotError>>()?;

@@ -121,6 +121,43 @@ fn a_snapshot_is_asked_for_and_told() {
 }
 
 #[test]
+fn a_copy_that_is_on_its_way_serves_all_and_one_that_failed_is_made_again() {
+    let mut bench = Bench::new(&arc(2));
+    bench.control(0, Control::Donate);
+    bench.member.donation_taken(Step(0), &mut bench.out);
+    bench.take();
+    bench.control(0, Control::Donate);
+    assert!(bench.take().is_empty() && !bench.member.donation_due());
+    bench.member.donation_failed();
+    assert!(bench.member.donation_due());
+    bench.member.donation_taken(Step(0), &mut bench.out);
+    bench.member.donated(Step(0), &mut bench.out);
+    bench.take();
+    // The next one that joins needs another.
+    bench.control(0, Control::Donate);
+    assert!(bench.member.donation_due());
+    bench.member.donation_failed();
+    assert!(bench.member.donation_due(), "none was on its way");
+}
+
+#[test]
+fn one_that_has_no_more_steps_is_not_waited_for_until_it_leaves() {
+    let mut bench = Bench::new(&arc(2));
+    bench.member.step_aside(&mut bench.out);
+    assert_eq!(bench.controls(), [(0, Control::Away), (1, Control::Away)]);
+    bench.member.step_aside(&mut bench.out);
+    assert_eq!(bench.controls(), []);
+    // Nor by a shard that comes back.
+    bench.down(1);
+    let intent = bench.member.intent(ShardId(1));
+    assert!(matches!(intent, Intent::Member { waited: false, .. }));
+    bench.up(1, 1, false);
+    assert_eq!(bench.controls(), []);
+    bench.member.leave(&mut bench.out);
+    assert_eq!(bench.controls(), [(0, Control::Leave), (1, Control::Leave)]);
+}
+
+#[test]
 fn one_that_leaves_says_so_and_does_not_come_back() {
     let mut bench = Bench::new(&arc(2));
     bench.member.leave(&mut bench.out);

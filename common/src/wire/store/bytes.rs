@@ -311,6 +311,7 @@ fn read_part(r: &mut Reader<'_>) -> Result<PartInfo, WireError> {
 pub(super) fn write_manifest(w: &mut Writer<'_>, manifest: &Manifest) {
     write_snapshot(w, manifest.snapshot);
     w.u64(manifest.update);
+    w.u16(manifest.members);
     w.count(manifest.parts.len());
     manifest.parts.iter().for_each(|part| write_part(w, part));
 }
@@ -318,6 +319,7 @@ pub(super) fn write_manifest(w: &mut Writer<'_>, manifest: &Manifest) {
 pub(super) fn read_manifest(r: &mut Reader<'_>) -> Result<Manifest, WireError> {
     let snapshot = read_snapshot(r)?;
     let update = r.u64("update")?;
+    let members = r.u16("members")?;
     let count = r.count("parts", MAX_PARTS, PART_BYTES)?;
     let parts = (0..count)
         .map(|_| read_part(r))
@@ -328,9 +330,13 @@ pub(super) fn read_manifest(r: &mut Reader<'_>) -> Result<Manifest, WireError> {
     if !parts.is_sorted_by(|a, b| a.owner < b.owner) {
         return Err(invalid("parts", "owners must ascend"));
     }
+    if parts.len() > 1 + usize::from(members) {
+        return Err(invalid("members", "no fewer than the ranks with parts"));
+    }
     Ok(Manifest {
         snapshot,
         update,
+        members,
         parts,
     })
 }

@@ -126,6 +126,8 @@ pub struct Manifest {
     pub snapshot: SnapshotId,
     /// Next update (skipped steps not counted).
     pub update: u64,
+    /// Workers that the job had: the parts of some may not have come.
+    pub members: u16,
     /// All parts, ascending by owner: the replica, then one for each rank that belongs to it.
     pub parts: Vec<PartInfo>,
 }

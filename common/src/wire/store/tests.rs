@@ -51,6 +51,7 @@ fn manifest() -> Manifest {
     Manifest {
         snapshot: snapshot(),
         update: 7,
+        members: 3,
         parts: vec![part(Owner::Replica), part(Owner::Rank(Rank(5)))],
     }
 }
@@ -77,6 +78,7 @@ fn manifest_dump() -> String {
     format!(
         "{SNAPSHOT}
          07 00 00 00 00 00 00 00 # update 7
+         03 00              # of three members
          02 00 00 00        # two parts
          00 00 00           # owner: replica
          {PART}
@@ -228,13 +230,14 @@ fn what_is_not_canonical_or_too_large_is_refused() {
     };
     assert_eq!(manifest_with(|m| m.parts.clear()).blame(), Blame::Bytes);
     assert_eq!(manifest_with(|m| m.parts.reverse()).blame(), Blame::Bytes);
+    assert_eq!(manifest_with(|m| m.members = 0).blame(), Blame::Bytes);
     assert_eq!(
         manifest_with(|m| m.parts[1].total_bytes = 3 * MAX_PIECE_BYTES + 1).blame(),
         Blame::Peer
     );
     // A count is compared with the bytes that are there before anything is allocated.
     let mut claims = StoreRequest::Commit(manifest()).encode();
-    claims[33..37].copy_from_slice(&4000u32.to_le_bytes());
+    claims[35..39].copy_from_slice(&4000u32.to_le_bytes());
     assert!(matches!(
         refused(&claims),
         WireError::Truncated { what: "parts", .. }
@@ -261,6 +264,7 @@ fn the_largest_listing_fits() {
         let manifest = Manifest {
             snapshot,
             update: 0,
+            members: 4096,
             parts: parts(4096),
         };
         let pieces = parts(4096).into_iter().flat_map(|part| {

@@ -97,21 +97,64 @@ fn one_that_catches_up_later_is_compared_with_what_most_had() {
 }
 
 #[test]
-fn no_resync_ends_the_job_for_want_of_workers() {
-    let config = ShardConfig {
-        resync: true,
-        min_workers: 3,
-        ..config(3)
-    };
-    let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
-    for step in 0..4 {
-        super::reports::step(&mut bench, 3, step);
+fn the_same_word_again_is_no_news() {
+    let mut bench = stepped(false);
+    for session in 0..3 {
+        digest(&mut bench, session, 4, 7 + u8::from(session == 1));
     }
+    for _ in 0..1000 {
+        assert_eq!(digest(&mut bench, 1, 4, 8), []);
+    }
+    for byte in 0..100 {
+        assert_eq!(digest(&mut bench, 1, 4, byte), [], "nor is another one");
+    }
+}
+
+#[test]
+fn the_first_to_speak_are_not_the_most() {
+    let mut bench = stepped(true);
+    bench.cut(1);
+    bench.cut(2);
+    digest(&mut bench, 0, 4, 9);
+    let spec = bench.plan.spec.clone();
+    for rank in 1..3 {
+        let hello = member(&spec, place(rank, &[0, 1, 2]), 4);
+        bench.hello(10 + u64::from(rank), hello);
+    }
+    let actions = digest(&mut bench, 11, 4, 7);
+    assert_eq!(refusals(&actions), [], "one word against another");
+    assert_eq!(messages(&actions)[0].1, differ(4, &[1]));
+    let actions = digest(&mut bench, 12, 4, 7);
+    assert_eq!(messages(&actions)[0].1, differ(4, &[0]));
+    assert_eq!(refusals(&actions)[0].0, 0);
+}
+
+#[test]
+fn no_resync_ends_the_job_for_want_of_workers() {
+    let stepped = |min_workers| {
+        let config = ShardConfig {
+            resync: true,
+            min_workers,
+            ..config(3)
+        };
+        let mut bench = Bench::running_with(config, algorithm(Compressor::Dense));
+        for step in 0..4 {
+            super::reports::step(&mut bench, 3, step);
+        }
+        bench
+    };
+    let mut bench = stepped(3);
     digest(&mut bench, 0, 4, 7);
     digest(&mut bench, 1, 4, 8);
     let actions = digest(&mut bench, 2, 4, 7);
     assert_eq!((refusals(&actions), messages(&actions).len()), (vec![], 3));
     super::reports::step(&mut bench, 3, 4);
+    // One that is away may not come back, so it is none to spare.
+    let mut bench = stepped(2);
+    digest(&mut bench, 0, 4, 7);
+    digest(&mut bench, 1, 4, 8);
+    bench.cut(0);
+    assert_eq!(refusals(&digest(&mut bench, 2, 4, 7)), []);
 }
 
 #[test]

@@ -200,8 +200,12 @@ fn play(bench: &mut Bench, given: &[(FrameHeader, Bytes)], a_move: &Move) -> Vec
                 incarnation: incarnation(session),
                 ..join(&spec, rank, start)
             };
-            if let Intent::Join { elastic: can, .. } = &mut hello.intent {
-                *can = elastic;
+            if let Intent::Join { when, .. } = &mut hello.intent {
+                *when = if elastic {
+                    JoinWhen::Any
+                } else {
+                    JoinWhen::Start
+                };
             }
             bench.hello(session, hello)
         }

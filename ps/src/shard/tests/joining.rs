@@ -308,12 +308,75 @@ fn those_that_wait_start_the_job_anew_when_the_others_are_gone() {
     bench.hello(8, elastic(&spec, 8));
     bench.lose(0);
     let actions = bench.lose(1);
-    assert_eq!(ranks(&actions), [(7, 0), (8, 1)]);
+    // There may be a snapshot by now.
+    let refused = refusals(&actions);
+    let codes: Vec<_> = refused.iter().map(|r| (r.0, r.1)).collect();
+    assert_eq!(codes, [(7, RefusalCode::Step), (8, RefusalCode::Step)]);
+    assert_eq!(
+        refused[0].2,
+        "the job for which the worker waited has ended at step 3, and it starts at step 0: look for the newest snapshot, and come again"
+    );
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+    bench.hello(9, elastic(&spec, 7));
+    let actions = bench.hello(10, elastic(&spec, 8));
+    assert_eq!(ranks(&actions), [(9, 0), (10, 1)]);
     let welcome = &welcomes(&actions)[0].1;
     assert!(!welcome.snapshot);
     assert_eq!(welcome.place.run, run(2));
     assert_eq!((welcome.step, bench.shard.is_running()), (Step(0), true));
-    steps(&mut bench, &[7, 8], 0..2);
+    steps(&mut bench, &[9, 10], 0..2);
+}
+
+/// Of a worker that was a member of a job and lost its place.
+fn again(spec: &PlanSpec, session: u64) -> Hello {
+    let mut hello = elastic(spec, session);
+    let Intent::Join { when, .. } = &mut hello.intent else {
+        unreachable!()
+    };
+    *when = JoinWhen::Running;
+    hello
+}
+
+#[test]
+fn one_that_was_a_member_joins_a_job_that_runs_and_starts_none() {
+    let (mut bench, spec) = two_of(3);
+    assert_eq!(asked(&bench.hello(7, again(&spec, 7))), [0]);
+    assert_eq!(ranks(&donated(&mut bench, 0, 0)), [(7, 2)]);
+    let mut bench = Bench::empty(config(2), algorithm(Compressor::Dense));
+    let (session, code, detail) = refusals(&bench.hello(7, again(&spec, 7))).remove(0);
+    assert_eq!((session, code), (7, RefusalCode::World));
+    assert!(detail.starts_with("no job runs"), "{detail}");
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+}
+
+#[test]
+fn one_that_was_a_member_waits_until_a_restarted_shard_knows_of_no_job() {
+    let config = ShardConfig {
+        start_grace: Duration::from_secs(4),
+        ..config(2)
+    };
+    let mut bench = Bench::empty(config.clone(), algorithm(Compressor::Dense));
+    let spec = bench.plan.spec.clone();
+    assert_eq!(refusals(&bench.hello(7, again(&spec, 7))), []);
+    let end = Duration::from_millis(10) + Duration::from_secs(4);
+    assert_eq!(bench.shard.next_deadline(), Some(end));
+    assert_eq!(bench.tick_at(end - Duration::from_nanos(1)), []);
+    assert_eq!(refusals(&bench.tick_at(end))[0].0, 7);
+    assert_eq!(bench.shard.status(bench.now).stage, Stage::Empty);
+    // Others that wait start without it.
+    bench.hello(8, elastic(&spec, 8));
+    assert_eq!(ranks(&bench.hello(9, elastic(&spec, 9))).len(), 2);
+    // If the members come, it joins them.
+    let mut bench = Bench::empty(config, algorithm(Compressor::Dense));
+    bench.hello(7, again(&spec, 7));
+    for rank in 0..2 {
+        let session = u64::from(rank);
+        bench.hello(session, member(&spec, place(rank, &[0, 1]), 0));
+        bench.control(session, Control::Retelling { frames: 0 });
+    }
+    assert!(bench.shard.is_running());
+    bench.lose(1);
+    assert_eq!(ranks(&donated(&mut bench, 0, 0)), [(7, 2)]);
 }
 
 #[test]
@@ -324,7 +387,7 @@ fn those_that_start_anew_start_where_their_checkpoints_are() {
             rank: rank.map(Rank),
             world: None,
             start_step: Step(step),
-            elastic: true,
+            when: JoinWhen::Any,
         },
         ..elastic(&spec, session)
     };

@@ -23,7 +23,7 @@ use arc_topk_common::config::algorithm::{Compressor, ValueType};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::{
-    FrameFlags, FrameHeader, FrameKind, Hello, Intent, PROTOCOL_VERSION, Place, Welcome,
+    FrameFlags, FrameHeader, FrameKind, Hello, Intent, JoinWhen, PROTOCOL_VERSION, Place, Welcome,
     decode_roster,
 };
 use bytes::Bytes;
@@ -81,7 +81,7 @@ fn join(spec: &PlanSpec, rank: Option<u16>, start: u64) -> Hello {
             rank: rank.map(Rank),
             world: None,
             start_step: Step(start),
-            elastic: false,
+            when: JoinWhen::Start,
         },
         plan: spec.clone(),
     }
@@ -95,7 +95,7 @@ fn elastic(spec: &PlanSpec, session: u64) -> Hello {
             rank: None,
             world: None,
             start_step: Step(0),
-            elastic: true,
+            when: JoinWhen::Any,
         },
         ..hello(spec)
     }

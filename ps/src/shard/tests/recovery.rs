@@ -321,6 +321,33 @@ fn one_step_behind_is_not_too_far() {
 }
 
 #[test]
+fn a_rank_that_a_coordinator_gave_before_it_died_is_not_given_again() {
+    let config = ShardConfig {
+        max_workers: 5,
+        ..config(3)
+    };
+    let mut bench = Bench::empty(config, algorithm(Compressor::Arc));
+    for rank in 0..3 {
+        come(&mut bench, rank, 0);
+        announce(&mut bench, 10 + u64::from(rank), 0);
+    }
+    // Only the newcomer itself has heard that it is rank 3.
+    let unheard = Place {
+        epoch: Epoch(2),
+        ..place(3, &[0, 1, 2, 3])
+    };
+    let hello = member(&bench.plan.spec, unheard, 0);
+    assert_eq!(
+        refusals(&bench.hello(13, hello))[0].1,
+        RefusalCode::Superseded
+    );
+    let hello = elastic(&bench.plan.spec, 14);
+    bench.hello(14, hello);
+    let actions = bench.control(10, Control::Donated { step: Step(0) });
+    assert_eq!(ranks(&actions), [(14, 4)]);
+}
+
+#[test]
 fn those_who_never_come_are_removed_in_time() {
     let mut bench = fresh();
     come(&mut bench, 0, 0);

@@ -35,7 +35,7 @@ fn asks(hello: &mut Hello, rank: Option<u16>, world: Option<u16>, start: u64) {
         rank: rank.map(Rank),
         world,
         start_step: Step(start),
-        elastic: false,
+        when: JoinWhen::Start,
     };
 }
 

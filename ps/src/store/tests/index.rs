@@ -215,7 +215,7 @@ proptest! {
                     let listing = index.listing();
                     let held = listing.iter().find(|held| held.snapshot == snapshot);
                     let parts = held.map(|held| held.pieces.iter().map(|held| held.part.clone()).collect());
-                    let manifest = Manifest { snapshot, update: 0, parts: parts.unwrap_or_default() };
+                    let manifest = Manifest { snapshot, update: 0, members: 9, parts: parts.unwrap_or_default() };
                     let whole = manifest.part(Owner::Replica).is_some();
                     if whole && index.commit(manifest.clone()).is_ok() {
                         let listing = index.listing();

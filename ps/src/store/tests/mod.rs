@@ -49,6 +49,7 @@ fn manifest(snapshot: SnapshotId, metas: &[PieceMeta]) -> Manifest {
     Manifest {
         snapshot,
         update: snapshot.step.0,
+        members: parts.len() as u16,
         parts,
     }
 }

@@ -478,6 +478,7 @@ impl World<'_> {
         let expected = match code {
             RefusalCode::Superseded
             | RefusalCode::World
+            | RefusalCode::Step
             | RefusalCode::TooFewWorkers
             | RefusalCode::Shutdown => true,
             _ => self.sabotage.is_some(),
@@ -485,6 +486,7 @@ impl World<'_> {
         self.coverage.count(match code {
             RefusalCode::Superseded => "superseded",
             RefusalCode::World => "refused: world",
+            RefusalCode::Step => "refused: the job that was waited for has ended",
             RefusalCode::TooFewWorkers => "refused: too few workers",
             _ => "refused: other",
         });

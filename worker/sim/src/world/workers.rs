@@ -7,7 +7,7 @@ use crate::check::{Answer, FrameKey, LifeId, Violation, broken};
 use crate::trainer::{Books, Model};
 use crate::wires::{Clock, ConnectionId, End, Packet, Stream};
 use arc_topk_common::ids::{BucketId, Rank, RunId, ShardId, Step, TensorId};
-use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, PROTOCOL_VERSION};
+use arc_topk_common::wire::{Control, FrameHeader, Hello, Intent, JoinWhen, PROTOCOL_VERSION};
 use arc_topk_worker::member::{Input, Member, Output};
 use arc_topk_worker::reducer::ReduceError;
 use arc_topk_worker::step::Outgoing;
@@ -223,7 +223,7 @@ impl World<'_> {
                 rank: None,
                 world: None,
                 start_step: Step(0),
-                elastic: true,
+                when: JoinWhen::Any,
             },
         };
         let hello = Hello {
