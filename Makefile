@@ -15,6 +15,8 @@ TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),target)
 TOOLS      := $(abspath $(TARGET_DIR))/tools
 DENY_VERSION := 0.20.2
 DENY       := $(TOOLS)/bin/cargo-deny
+VENV       := .venv
+WHEELS     := $(abspath $(TARGET_DIR))/wheels
 WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
 
 # What the long run of bench-loss compares: dense training, and the defaults.
@@ -34,8 +36,8 @@ demo: ## train a small language model twice, dense and with ARC-Top-K, and compa
 	@$(WORKER) demo $(ARGS)
 
 .PHONY: test
-test: fmt-check clippy unit docs deny ## all that must pass before a change is merged: what .ci/run calls
-	@echo 'make test: format, lints, tests, documentation and dependencies are in order'
+test: fmt-check clippy unit docs deny python-test ## all that must pass before a change is merged: what .ci/run calls
+	@echo 'make test: format, lints, tests, documentation, dependencies and the Python package are in order'
 
 .PHONY: fmt-check
 fmt-check:
@@ -55,6 +57,24 @@ lint: fmt-check clippy ## format check and clippy only
 .PHONY: unit
 unit:
 	$(CARGO) test --locked --workspace
+
+# What the Python package is built and tested with, exactly. PyTorch is most of it (2.7 GB).
+$(VENV)/.ready: worker/python/requirements.txt
+	$(PYTHON) -m venv '$(VENV)'
+	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement worker/python/requirements.txt
+	touch '$@'
+
+.PHONY: python
+python: $(VENV)/.ready ## build the Python package arc_topk and install it into .venv
+	rm -rf '$(WHEELS)'
+	'$(VENV)/bin/maturin' build --quiet --locked --profile dev --interpreter '$(VENV)/bin/python' \
+	  --manifest-path worker/python/Cargo.toml --out '$(WHEELS)'
+	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --no-deps --force-reinstall '$(WHEELS)'/arc_topk-*.whl
+
+.PHONY: python-test
+python-test: python ## test the Python package with PyTorch, gloo and real shards
+	$(CARGO) build --quiet --locked -p arc-topk-ps --bin arc-ps
+	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
 
 .PHONY: docs
 docs: ## build the API documentation, warnings denied

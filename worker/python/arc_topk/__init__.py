@@ -1,0 +1,48 @@
+"""Data-parallel PyTorch training on ordinary networks.
+
+Gradients are averaged through the shards of arc-topk (``arc-ps``): a sketch of each picks the rows that matter, and only
+those travel. With DistributedDataParallel::
+
+    import arc_topk
+    model = DistributedDataParallel(model)
+    arc_topk.register(model)
+
+Without a process group::
+
+    optimizer = arc_topk.DistributedOptimizer(optimizer, model.named_parameters())
+"""
+
+try:
+    import torch as _torch  # noqa: F401 - said here, once, and not in the middle of an import
+except ImportError as _error:
+    raise ImportError("arc_topk needs PyTorch 2.3 or later: pip install torch") from _error
+
+from ._exchange import Exchange, Summary
+from ._native import ArcError, ConfigError, ConnectionFailed, JobEnded, Outcome, Superseded, __version__
+from ._reduce import all_reduce
+from ._state import init, rank, shutdown, summary, world_size
+from .config import Config, Peers
+from .ddp import register
+from .optimizer import DistributedOptimizer
+
+__all__ = [
+    "ArcError",
+    "Config",
+    "ConfigError",
+    "ConnectionFailed",
+    "DistributedOptimizer",
+    "Exchange",
+    "JobEnded",
+    "Outcome",
+    "Peers",
+    "Summary",
+    "Superseded",
+    "__version__",
+    "all_reduce",
+    "init",
+    "rank",
+    "register",
+    "shutdown",
+    "summary",
+    "world_size",
+]

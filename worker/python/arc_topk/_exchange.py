@@ -1,0 +1,230 @@
+"""A job's gradients, a step at a time: tensors on one side, the native session on the other."""
+
+from __future__ import annotations
+
+import ctypes
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from . import _native
+from .config import Config, Peers
+
+logger = logging.getLogger("arc_topk")
+
+_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+# Steps after which it is known whether compression pays.
+_JUDGED_AFTER = 100
+
+
+def dtype_name(tensor: torch.Tensor) -> str:
+    """The native half's name of an element type."""
+    try:
+        return _DTYPES[tensor.dtype]
+    except KeyError:
+        raise _native.ConfigError(
+            f"a tensor of {tensor.dtype} cannot be averaged: use float32, bfloat16 or float16"
+        ) from None
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether its elements lie one after the other, rows (of the first dimension) first."""
+    if tensor.is_contiguous():
+        return True
+    if tensor.dim() == 4:
+        return tensor.is_contiguous(memory_format=torch.channels_last)
+    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
+
+
+@dataclasses.dataclass
+class Summary:
+    """What a worker sent and got, and where its time went, since it joined."""
+
+    steps: int = 0
+    skipped: int = 0
+    bytes_sent: int = 0
+    bytes_received: int = 0
+    dense_equivalent_bytes: int = 0
+    compress_seconds: float = 0.0
+    wait_seconds: float = 0.0
+    density: float = 1.0
+    captured_energy: float | None = None
+
+    def add(self, outcome: _native.Outcome) -> None:
+        self.steps += 1
+        self.skipped += outcome.skipped
+        self.bytes_sent += outcome.bytes_sent
+        self.bytes_received += outcome.bytes_received
+        self.dense_equivalent_bytes += outcome.dense_equivalent_bytes
+        self.compress_seconds += outcome.compress_seconds
+        self.wait_seconds += outcome.wait_seconds
+        self.density = outcome.density
+        self.captured_energy = outcome.captured_energy
+
+    @property
+    def compression(self) -> float:
+        """How many times fewer bytes than dense training, both ways together."""
+        return self.dense_equivalent_bytes / max(1, self.bytes_sent + self.bytes_received)
+
+
+class Exchange:
+    """Averages the tensors that were registered, a step at a time. Calls may come from any thread."""
+
+    def __init__(
+        self,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        config: Config,
+        peers: Peers,
+        *,
+        trainer: str = "",
+        state: Mapping[str, Any] | None = None,
+    ) -> None:
+        self.names: list[str] = []
+        self.index: dict[int, int] = {}
+        specs = []
+        for name, tensor in tensors:
+            if id(tensor) in self.index:
+                continue
+            self.index[id(tensor)] = len(self.names)
+            self.names.append(name)
+            specs.append(
+                {
+                    "name": name,
+                    # A scalar is a vector of one.
+                    "shape": list(tensor.shape) or [1],
+                    "dtype": dtype_name(tensor),
+                    "density": config.density_of(name),
+                }
+            )
+        if not specs:
+            raise _native.ConfigError("there is no parameter with a gradient: nothing can be averaged")
+        self.config = config
+        self.peers = peers
+        self.summary = Summary()
+        self._lock = threading.Lock()
+        step, update = (0, 0) if state is None else (state["step"], state["update"])
+        options = {
+            "peers": peers.native(),
+            "job": peers.job,
+            "rank": peers.rank,
+            "world": peers.world_size,
+            "algorithm": config.algorithm(),
+            "tensors": specs,
+            "trainer": trainer,
+            "start_step": step,
+            "start_update": update,
+            "when": "start",
+            "connect_timeout": peers.connect_timeout,
+            "join_timeout": peers.join_timeout,
+            "reconnect_timeout": peers.reconnect_timeout,
+            "progress_timeout": peers.progress_timeout,
+        }
+        logger.info("joining job %r at %s", peers.job, ", ".join(peers.shards))
+        self.session = _native.Session(json.dumps(options))
+        if state is not None:
+            arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
+            self.session.import_state(step, update, arrays)
+        self.rank = self.session.rank()
+        self.widths = self.session.widths()
+        logger.info("joined as rank %d of %d", self.rank, self.world_size)
+
+    @property
+    def world_size(self) -> int:
+        """Workers in the job now."""
+        return len(self.session.members())
+
+    def native_peers(self) -> str:
+        """Where the shards are, as the native half takes it."""
+        return json.dumps(self.peers.native())
+
+    def begin(self) -> bool:
+        """Opens a step. True: it needs no gradients, since the job has closed it without this worker."""
+        return self.session.begin()
+
+    def push(self, index: int, gradient: torch.Tensor, factor: float = 1.0) -> None:
+        """Hands over a gradient, times ``factor``. It is on its way as soon as its bucket is complete."""
+        gradient = gradient.detach()
+        if gradient.device.type != "cpu":
+            gradient = gradient.to("cpu")
+        if not _is_dense(gradient):
+            gradient = gradient.contiguous()
+        self.session.push(index, gradient.data_ptr(), gradient.numel(), dtype_name(gradient), factor)
+
+    def finish(self, results: Iterable[tuple[int, torch.Tensor]], factor: float = 1.0) -> _native.Outcome:
+        """Waits for the step, and writes the means, times ``factor``, to these tensors.
+
+        After a step that all workers skip, because some gradient was not finite, they hold NaN instead, as dense averaging
+        would have it: a GradScaler skips the optimizer's step.
+        """
+        outcome = self.session.finish()
+        with self._lock:
+            self.summary.add(outcome)
+        results = list(results)
+        if outcome.skipped:
+            for _, tensor in results:
+                tensor.fill_(float("nan"))
+            return outcome
+        staged = []
+        targets = []
+        for index, tensor in results:
+            target = tensor
+            if tensor.device.type != "cpu" or not _is_dense(tensor):
+                target = torch.empty(tensor.shape, dtype=tensor.dtype)
+                staged.append((tensor, target))
+            targets.append((index, target.data_ptr(), target.numel(), dtype_name(target)))
+        self.session.results(targets, factor)
+        for tensor, target in staged:
+            tensor.copy_(target)
+        self._judge()
+        return outcome
+
+    def fresh_rows(self, index: int) -> torch.Tensor | None:
+        """Rows of the last result that came, ascending; ``None`` for all of them."""
+        rows = self.session.rows(index)
+        return None if rows is None else torch.tensor(rows, dtype=torch.int64)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Step and feedback state of this rank, for ``state=`` of the next start."""
+        step, update, arrays = self.session.export_state()
+        tensors = {name: _to_tensor(values) for name, values in arrays}
+        return {"step": step, "update": update, "arrays": tensors}
+
+    def leave(self) -> None:
+        """Leaves the job in order."""
+        self.session.leave()
+
+    def _judge(self) -> None:
+        summary = self.summary
+        compresses = self.config.compressor != "dense"
+        if summary.steps != self.config.warmup_updates + _JUDGED_AFTER or not compresses:
+            return
+        if summary.compression < 1.0:
+            logger.warning(
+                "compression does not pay: %.0f %% of the bytes of dense training were moved; most tensors are averaged "
+                "whole, because they are small or one-dimensional (dense_below_elements=%d)",
+                100.0 / max(summary.compression, 1e-9),
+                self.config.dense_below_elements,
+            )
+        elif summary.compress_seconds > 2.0 * summary.wait_seconds:
+            logger.warning(
+                "compression may not pay on this network: %.2f s went to compressing and %.2f s to waiting for the shards; "
+                "try compressor='dense' beside it",
+                summary.compress_seconds,
+                summary.wait_seconds,
+            )
+
+
+def _to_bytes(values: torch.Tensor) -> bytes:
+    values = values.detach().to("cpu", torch.float32).contiguous()
+    return ctypes.string_at(values.data_ptr(), values.numel() * 4) if values.numel() else b""
+
+
+def _to_tensor(values: bytes) -> torch.Tensor:
+    if not values:
+        return torch.empty(0)
+    return torch.frombuffer(bytearray(values), dtype=torch.float32)

@@ -1,0 +1,104 @@
+"""What the process has told arc_topk, and the exchange that it has open."""
+
+from __future__ import annotations
+
+import atexit
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from . import _native
+from ._exchange import Exchange
+from .config import Config, Peers
+
+_peers: Peers | None = None
+_exchange: Exchange | None = None
+
+
+def init(
+    shards: str | list[str] | tuple[str, ...] | None = None,
+    *,
+    certs: str | os.PathLike[str] | None = None,
+    job: str | None = None,
+    rank: int | None = None,
+    world_size: int | None = None,
+    **timeouts: float,
+) -> None:
+    """Says where the shards are. What is not given comes from the environment; see :class:`Peers`.
+
+    Nothing is connected yet: a worker joins its job when the tensors are known. Without a call the environment decides.
+    """
+    global _peers
+    _peers = Peers.find(shards, certs, job, rank, world_size, **timeouts)
+
+
+def peers() -> Peers:
+    """Where the shards are."""
+    global _peers
+    if _peers is None:
+        _peers = Peers.find()
+    return _peers
+
+
+def open_exchange(
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    config: Config,
+    *,
+    trainer: str = "",
+    state: Mapping[str, Any] | None = None,
+) -> Exchange:
+    """Joins the job with these tensors. A process is one worker, and has one exchange at a time."""
+    global _exchange
+    if _exchange is not None:
+        raise _native.ConfigError(
+            "this process is a member of a job already: call arc_topk.shutdown() before it joins with other tensors"
+        )
+    _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state)
+    return _exchange
+
+
+def exchange() -> Exchange:
+    """The exchange that is open."""
+    if _exchange is None:
+        raise _native.ArcError(
+            "this process is not in a job yet: call arc_topk.register(model), or make a DistributedOptimizer, first"
+        )
+    return _exchange
+
+
+def shutdown() -> None:
+    """Leaves the job in order. The others go on without this worker; nothing happens where there is no job."""
+    global _exchange
+    if _exchange is not None:
+        _exchange.leave()
+        _exchange = None
+
+
+atexit.register(shutdown)
+
+
+def rank() -> int:
+    """Rank of this worker: in the job once it has joined, else the one that it will ask for."""
+    if _exchange is not None:
+        return _exchange.rank
+    asked = peers().rank
+    if asked is None:
+        raise _native.ArcError("this worker has no rank before it has joined a job, and none was asked for")
+    return asked
+
+
+def world_size() -> int:
+    """Workers in the job now; before this one has joined, as many as it will wait for."""
+    if _exchange is not None:
+        return _exchange.world_size
+    expected = peers().world_size
+    if expected is None:
+        raise _native.ArcError("the number of workers is not known before this one has joined a job")
+    return expected
+
+
+def summary() -> Any:
+    """Bytes and times by phase since this worker joined: a :class:`Summary`."""
+    return exchange().summary

@@ -1,0 +1,102 @@
+"""A communication hook for DistributedDataParallel."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import _native
+from ._exchange import Exchange
+from ._state import open_exchange
+from .config import Config
+
+
+class Hook:
+    """State of the hook. Gradients are known by their parameters, so DDP may rebuild its buckets as it likes."""
+
+    def __init__(self, model: nn.Module, exchange: Exchange, scaler: Any | None) -> None:
+        self.exchange = exchange
+        self._scaler = scaler
+        self._names = {id(p): name for name, p in model.named_parameters()}
+        self._open = False
+        self._waiting: list[tuple[Any, torch.Tensor]] = []
+        self._results: list[tuple[int, torch.Tensor]] = []
+        self._factor = 1.0
+
+    def __call__(self, bucket: Any) -> Any:
+        # Future[Tensor]; the types exist only where torch.distributed does.
+        if not self._open:
+            self._factor = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+            self.exchange.begin()
+            self._open = True
+        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
+            index = self.exchange.index.get(id(parameter))
+            if index is None:
+                name = self._names.get(id(parameter), "a parameter")
+                raise _native.ConfigError(
+                    f"{name} had no gradient when the hook was registered: register after freezing and unfreezing, on all workers alike"
+                )
+            self.exchange.push(index, gradient, 1.0 / self._factor)
+            self._results.append((index, gradient))
+        future: Any = torch.futures.Future()
+        self._waiting.append((future, bucket.buffer()))
+        if bucket.is_last():
+            waiting, results, factor = self._waiting, self._results, self._factor
+            self._open, self._waiting, self._results = False, [], []
+            # Backward may go on meanwhile: it waits for the futures at its end.
+            threading.Thread(
+                target=self._finish, args=(waiting, results, factor), name="arc-finish", daemon=True
+            ).start()
+        return future
+
+    def _finish(
+        self, waiting: list[tuple[Any, torch.Tensor]], results: list[tuple[int, torch.Tensor]], factor: float
+    ) -> None:
+        try:
+            self.exchange.finish(results, factor)
+        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+            for future, _ in waiting:
+                future.set_exception(error)
+            return
+        for future, buffer in waiting:
+            future.set_result(buffer)
+
+
+# Without annotations, which DDP compares with types that are there only with torch.distributed.
+def _ddp_hook(hook, bucket):  # type: ignore[no-untyped-def]
+    return hook(bucket)
+
+
+def register(
+    model: nn.Module,
+    config: Config | None = None,
+    *,
+    scaler: Any | None = None,
+    state: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Exchange:
+    """Averages the gradients of a ``DistributedDataParallel`` model through the shards instead of its process group.
+
+    ``config``, or settings of one by name (``density=0.05``), says what is computed. With a ``GradScaler`` pass it as
+    ``scaler``: feedback is then kept in unscaled gradients, and outlives changes of the scale. ``state`` is what
+    ``state_dict()`` of an earlier run's exchange gave on this rank.
+
+    The gradient clipping, accumulation under ``no_sync()`` and mixed precision of the script stay as they are.
+    """
+    if not hasattr(model, "register_comm_hook"):
+        raise _native.ConfigError(
+            f"{type(model).__name__} is no DistributedDataParallel: wrap the model, or use arc_topk.DistributedOptimizer"
+        )
+    if config is not None and settings:
+        raise _native.ConfigError("give either a config or single settings, not both")
+    config = config or Config(**settings)
+    module = model.module
+    named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
+    exchange = open_exchange(named, config, state=state)
+    hook = Hook(module, exchange, scaler)
+    model.register_comm_hook(hook, _ddp_hook)
+    return exchange

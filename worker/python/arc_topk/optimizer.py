@@ -1,0 +1,155 @@
+"""Any optimizer, with gradients averaged through the shards. No process group is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from . import _native
+from ._exchange import Exchange
+from ._state import open_exchange
+from .config import Config
+
+
+class _Averaging:
+    """What is added to the optimizer's own class. Attributes begin with ``_arc`` so that nothing of it is hidden."""
+
+    _arc: _Averager
+
+    def step(self, closure: Any = None) -> Any:
+        if closure is not None:
+            # The gradients that the optimizer uses are those of its own call.
+            return super().step(closure)  # type: ignore[misc]
+        self._arc.synchronize()
+        return super().step()  # type: ignore[misc]
+
+    def no_sync(self) -> Any:
+        """In this context gradients only add up, as under DistributedDataParallel's ``no_sync``."""
+        return self._arc.no_sync()
+
+    @property
+    def exchange(self) -> Exchange:
+        """The worker's place in the job."""
+        return self._arc.exchange
+
+
+class _Averager:
+    """Pushes gradients as backward makes them, and puts the means in their place when it ends."""
+
+    def __init__(self, exchange: Exchange, parameters: list[torch.Tensor], scaler: Any | None) -> None:
+        self.exchange = exchange
+        self._parameters = parameters
+        self._scaler = scaler
+        self._syncs = True
+        self._open = False
+        self._factor = 1.0
+        self._pushed: set[int] = set()
+        for parameter in parameters:
+            parameter.register_post_accumulate_grad_hook(self._came)
+
+    def _came(self, parameter: torch.Tensor) -> None:
+        if not self._syncs:
+            return
+        if not self._open:
+            self._factor = 1.0 if self._scaler is None else float(self._scaler.get_scale())
+            self.exchange.begin()
+            self._open = True
+            self._pushed = set()
+            # At the end of this backward pass, as DistributedDataParallel does it.
+            torch.autograd.Variable._execution_engine.queue_callback(self.synchronize)
+        index = self.exchange.index[id(parameter)]
+        if index in self._pushed:
+            raise _native.ConfigError(
+                f"{self.exchange.names[index]} got a second gradient in one backward pass: call backward once a step, and the "
+                "passes before it under no_sync()"
+            )
+        assert parameter.grad is not None
+        self._pushed.add(index)
+        self.exchange.push(index, parameter.grad, 1.0 / self._factor)
+
+    def synchronize(self) -> None:
+        """Waits for the means of the gradients that were pushed."""
+        if not self._open:
+            return
+        self._open = False
+        results = []
+        for parameter in self._parameters:
+            if parameter.grad is None:
+                # Unused here; others may have used it.
+                parameter.grad = torch.zeros_like(parameter)
+            results.append((self.exchange.index[id(parameter)], parameter.grad))
+        self.exchange.finish(results, self._factor)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        before, self._syncs = self._syncs, False
+        try:
+            yield
+        finally:
+            self._syncs = before
+
+
+def DistributedOptimizer(  # noqa: N802 - it stands for a class
+    optimizer: torch.optim.Optimizer,
+    named_parameters: Iterable[tuple[str, torch.Tensor]],
+    config: Config | None = None,
+    *,
+    scaler: Any | None = None,
+    state: Mapping[str, Any] | None = None,
+    broadcast: bool = True,
+    **settings: Any,
+) -> Any:
+    """The optimizer, with gradients averaged with the other workers' when ``backward()`` ends.
+
+    It stays what it was (an instance of its class, with its ``state_dict``, groups and schedulers). At the start the
+    parameters of the first worker go to all others, unless ``broadcast`` is off. A group of the optimizer may have a
+    ``density`` of its own. ``config``, ``scaler``, ``state`` and single settings are those of :func:`arc_topk.register`.
+    """
+    if config is not None and settings:
+        raise _native.ConfigError("give either a config or single settings, not both")
+    config = config or Config(**settings)
+    names = {id(p): name for name, p in named_parameters if p.requires_grad}
+    densities = dict(config.densities)
+    parameters: list[torch.Tensor] = []
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if not parameter.requires_grad:
+                continue
+            name = names.get(id(parameter))
+            if name is None:
+                raise _native.ConfigError(
+                    "the optimizer has a parameter that named_parameters does not name: pass model.named_parameters()"
+                )
+            parameters.append(parameter)
+            if "density" in group:
+                # Its own name comes first among the patterns.
+                densities = {name: float(group["density"]), **densities}
+    config = Config(**{**vars(config), "densities": densities})
+    named = [(names[id(parameter)], parameter) for parameter in parameters]
+    exchange = open_exchange(named, config, state=state)
+    if broadcast and state is None:
+        broadcast_parameters(exchange, parameters)
+    averaging = type(optimizer.__class__.__name__, (_Averaging, optimizer.__class__), {})
+    wrapped = averaging.__new__(averaging)
+    wrapped.__dict__.update(optimizer.__dict__)
+    wrapped._arc = _Averager(exchange, parameters, scaler)
+    return wrapped
+
+
+def broadcast_parameters(exchange: Exchange, parameters: list[torch.Tensor]) -> None:
+    """Gives all workers the values that the leader's parameters have, by way of the shards' store."""
+    store = _native.Store(exchange.native_peers())
+    run, step = exchange.session.run(), exchange.session.start_step()
+    if exchange.rank == min(exchange.session.members()):
+        blob = io.BytesIO()
+        torch.save([parameter.detach().cpu() for parameter in parameters], blob)
+        store.put(run, step, blob.getvalue())
+        return
+    values = torch.load(io.BytesIO(store.fetch(run, step)), weights_only=True)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.copy_(value)

@@ -1,0 +1,34 @@
+//! The native half of the Python package `arc_topk`: a worker's session on tensors that are given by address.
+//!
+//! | module | room for |
+//! |---|---|
+//! | `options` | what Python asks for, as JSON, and what is made of it |
+//! | `session` | the class `Session`: a place in a job, and its steps |
+//! | `store` | the class `Store`: replicas in the shards' snapshot store |
+//! | `tensor` | the one place where addresses become slices |
+//! | `errors` | Rust's errors as Python's exceptions |
+//!
+//! Everything that may take time lets go of the interpreter's lock. How PyTorch is met is the business of the Python half.
+
+mod errors;
+mod options;
+mod session;
+mod store;
+mod tensor;
+
+/// The extension module.
+#[pyo3::pymodule]
+mod _native {
+    #[pymodule_export]
+    use super::errors::{ArcError, ConfigError, ConnectionFailed, JobEnded, Superseded};
+    #[pymodule_export]
+    use super::session::{Outcome, Session};
+    #[pymodule_export]
+    use super::store::Store;
+
+    #[pymodule_init]
+    fn init(module: &pyo3::Bound<'_, pyo3::types::PyModule>) -> pyo3::PyResult<()> {
+        use pyo3::types::PyModuleMethods;
+        module.add("__version__", env!("CARGO_PKG_VERSION"))
+    }
+}

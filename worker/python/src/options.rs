@@ -1,0 +1,134 @@
+//! What Python asks for. It comes as one JSON object, so that names, types and unknown settings are checked in one place.
+
+use arc_topk_common::config::AlgorithmConfig;
+use arc_topk_common::ids::{Rank, Step};
+use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
+use arc_topk_common::wire::JoinWhen;
+use arc_topk_transport::IdentitySource;
+use arc_topk_transport::certs::Role;
+use arc_topk_worker::session::NetConfig;
+use pyo3::PyResult;
+use serde::Deserialize;
+use std::path::PathBuf;
+use std::time::Duration;
+
+/// Where the shards are, and as whom to come.
+#[derive(Clone, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Peers {
+    /// `HOST:PORT` of every shard, in the same order on all workers.
+    pub(crate) shards: Vec<String>,
+    ca: PathBuf,
+    cert: PathBuf,
+    key: PathBuf,
+}
+
+impl Peers {
+    pub(crate) fn parse(json: &str) -> PyResult<Self> {
+        serde_json::from_str(json).map_err(super::errors::config)
+    }
+
+    pub(crate) fn identity(&self) -> PyResult<IdentitySource> {
+        IdentitySource::files(&self.ca, &self.cert, &self.key, Role::Worker)
+            .map_err(super::errors::config)
+    }
+}
+
+/// A tensor, as Python names it.
+#[derive(Clone, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+struct Tensor {
+    name: String,
+    shape: Vec<u64>,
+    dtype: String,
+    density: Option<f32>,
+}
+
+/// How to join, and with what.
+#[derive(Clone, Deserialize, Debug)]
+#[serde(deny_unknown_fields)]
+pub(crate) struct Options {
+    peers: Peers,
+    job: String,
+    rank: Option<u16>,
+    world: Option<u16>,
+    algorithm: AlgorithmConfig,
+    tensors: Vec<Tensor>,
+    /// What all workers must have alike beside the plan, as text.
+    trainer: String,
+    start_step: u64,
+    start_update: u64,
+    /// `start`, `any` or `running`.
+    when: String,
+    connect_timeout: f64,
+    join_timeout: f64,
+    reconnect_timeout: f64,
+    progress_timeout: f64,
+}
+
+impl Options {
+    pub(crate) fn parse(json: &str) -> PyResult<Self> {
+        let options: Self = serde_json::from_str(json).map_err(super::errors::config)?;
+        options
+            .algorithm
+            .validate()
+            .map_err(super::errors::config)?;
+        Ok(options)
+    }
+
+    pub(crate) fn plan(&self) -> PyResult<PlanSpec> {
+        let tensor = |tensor: &Tensor| {
+            Ok(TensorSpec {
+                name: tensor.name.clone(),
+                shape: tensor.shape.clone(),
+                dtype: match tensor.dtype.as_str() {
+                    "float32" => DType::F32,
+                    "bfloat16" => DType::Bf16,
+                    "float16" => DType::F16,
+                    other => {
+                        return Err(super::errors::config(format!(
+                            "{} is of type {other}: gradients of float32, bfloat16 and float16 can be averaged",
+                            tensor.name
+                        )));
+                    }
+                },
+                density: tensor.density,
+            })
+        };
+        Ok(PlanSpec {
+            trainer: self.trainer.clone(),
+            algorithm: self.algorithm.clone(),
+            shards: u16::try_from(self.peers.shards.len()).map_err(super::errors::config)?,
+            tensors: self.tensors.iter().map(tensor).collect::<PyResult<_>>()?,
+        })
+    }
+
+    pub(crate) fn net(&self) -> PyResult<NetConfig> {
+        let when = match self.when.as_str() {
+            "start" => JoinWhen::Start,
+            "any" => JoinWhen::Any,
+            "running" => JoinWhen::Running,
+            other => {
+                return Err(super::errors::config(format!(
+                    "when {other:?} is not known"
+                )));
+            }
+        };
+        let seconds = |name: &str, seconds: f64| {
+            Duration::try_from_secs_f64(seconds)
+                .map_err(|cause| super::errors::config(format!("{name} of {seconds} s: {cause}")))
+        };
+        Ok(NetConfig {
+            rank: self.rank.map(Rank),
+            world: self.world,
+            start_step: Step(self.start_step),
+            start_update: self.start_update,
+            when,
+            connect_timeout: seconds("connect_timeout", self.connect_timeout)?,
+            join_timeout: seconds("join_timeout", self.join_timeout)?,
+            reconnect_timeout: seconds("reconnect_timeout", self.reconnect_timeout)?,
+            progress_timeout: seconds("progress_timeout", self.progress_timeout)?,
+            ..NetConfig::new(&self.job, &self.peers.shards, self.peers.identity()?)
+        })
+    }
+}

@@ -1,0 +1,341 @@
+//! The class `Session`: a worker's place in a job.
+
+use super::errors::{ConnectionFailed, connecting, reducing};
+use super::options::Options;
+use super::tensor::Memory;
+use arc_topk_common::ids::{Step, TensorId};
+use arc_topk_worker::reducer::{Reducer, StepStart, TrainReport};
+use arc_topk_worker::session::QuicReducer;
+use arc_topk_worker::step::{RowsCame, StepOutcome, WorkerState};
+use pyo3::prelude::*;
+use pyo3::types::PyBytes;
+use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::time::Duration;
+
+/// How often Python may interrupt what waits.
+const SIGNALS: Duration = Duration::from_millis(100);
+
+/// What came of a step.
+#[pyclass(frozen, get_all, module = "arc_topk._native")]
+#[derive(Clone, Debug)]
+pub(crate) struct Outcome {
+    /// The step that ended.
+    step: u64,
+    /// Its update number (skipped ones not counted).
+    update: u64,
+    /// Some worker's gradient was not finite: nothing changed, there is no result.
+    skipped: bool,
+    /// Share of the rows that travelled; 1 in dense rounds.
+    density: f64,
+    /// Share of the gradient's energy that came; `None` where it was not measured.
+    captured_energy: Option<f32>,
+    /// Bytes to the shards, and what of them dense training would have sent.
+    bytes_sent: u64,
+    bytes_received: u64,
+    dense_equivalent_bytes: u64,
+    /// Seconds of compression, and for which `finish` waited for the shards.
+    compress_seconds: f64,
+    wait_seconds: f64,
+    /// Rounds of the step, and those in which this worker was counted.
+    rounds: u64,
+    rounds_counted: u64,
+}
+
+#[pymethods]
+impl Outcome {
+    fn __repr__(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+impl From<&StepOutcome> for Outcome {
+    fn from(outcome: &StepOutcome) -> Self {
+        let stats = &outcome.stats;
+        Self {
+            step: outcome.step.0,
+            update: outcome.update,
+            skipped: outcome.skipped,
+            density: f64::from(stats.density),
+            captured_energy: stats.captured_energy,
+            bytes_sent: stats.sent.total(),
+            bytes_received: stats.received.total(),
+            dense_equivalent_bytes: stats.dense_equivalent_bytes,
+            compress_seconds: stats.compress_seconds,
+            wait_seconds: stats.wait_seconds,
+            rounds: stats.rounds as u64,
+            rounds_counted: stats.rounds_counted as u64,
+        }
+    }
+}
+
+/// Step, update, and arrays of little-endian f32 by name.
+type Exported<'py> = (u64, u64, Vec<(String, Bound<'py, PyBytes>)>);
+
+/// Fresh rows of each tensor of the last step: `None` for all of them.
+type Rows = Vec<Option<Vec<u32>>>;
+
+struct Held {
+    reducer: QuicReducer,
+    rows: Rows,
+}
+
+/// A worker's place in a job. One step is `begin`, `push` for every tensor, `finish`, `results`.
+#[pyclass(frozen, module = "arc_topk._native")]
+pub(crate) struct Session {
+    held: Mutex<Option<Held>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Session {
+    fn lock(&self) -> MutexGuard<'_, Option<Held>> {
+        // A panic leaves the reducer as it was: its own steps are all or nothing.
+        lock(&self.held)
+    }
+
+    /// Calls `f` without the interpreter's lock.
+    fn with<T: Send>(
+        &self,
+        py: Python<'_>,
+        f: impl FnOnce(&mut Held) -> PyResult<T> + Send,
+    ) -> PyResult<T> {
+        py.detach(|| match &mut *self.lock() {
+            Some(held) => f(held),
+            None => Err(ConnectionFailed::new_err(
+                "this session has ended: call arc_topk.init() and register again",
+            )),
+        })
+    }
+}
+
+#[pymethods]
+impl Session {
+    /// Joins the job that `options`, a JSON object, describes, and waits until all workers are there.
+    #[new]
+    fn new(py: Python<'_>, options: &str) -> PyResult<Self> {
+        let options = Options::parse(options)?;
+        let (net, spec) = (options.net()?, options.plan()?);
+        let (done, result) = mpsc::channel();
+        let result = Mutex::new(result);
+        // On a thread of its own, so that Ctrl-C ends the waiting.
+        let joining = std::thread::Builder::new().name("arc-join".into());
+        joining
+            .spawn(move || {
+                let _interrupted = done.send(QuicReducer::connect(net, spec));
+            })
+            .map_err(|cause| ConnectionFailed::new_err(cause.to_string()))?;
+        let connected = loop {
+            let come = || lock(&result).recv_timeout(SIGNALS);
+            match py.detach(come) {
+                Ok(connected) => break connected,
+                Err(mpsc::RecvTimeoutError::Timeout) => py.check_signals()?,
+                Err(mpsc::RecvTimeoutError::Disconnected) => {
+                    return Err(ConnectionFailed::new_err("joining the job panicked"));
+                }
+            }
+        };
+        let reducer = connected.map_err(|error| connecting(&error))?;
+        let rows = vec![None; reducer.plan().tensors.len()];
+        Ok(Self {
+            held: Mutex::new(Some(Held { reducer, rows })),
+        })
+    }
+
+    /// Rank in the job.
+    fn rank(&self, py: Python<'_>) -> PyResult<u16> {
+        self.with(py, |held| Ok(held.reducer.rank().0))
+    }
+
+    /// Ranks that are in the job now.
+    fn members(&self, py: Python<'_>) -> PyResult<Vec<u16>> {
+        self.with(py, |held| {
+            let members = Reducer::members(&held.reducer);
+            Ok(members.into_iter().map(|rank| rank.0).collect())
+        })
+    }
+
+    /// Whether this worker does what one must do for all.
+    fn is_leader(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |held| Ok(held.reducer.is_leader()))
+    }
+
+    /// Name of this start of the job, 32 hexadecimal digits.
+    fn run(&self, py: Python<'_>) -> PyResult<String> {
+        self.with(py, |held| {
+            let run = held.reducer.run().unwrap_or_default();
+            Ok(run.0.iter().map(|byte| format!("{byte:02x}")).collect())
+        })
+    }
+
+    /// First step of this worker.
+    fn start_step(&self, py: Python<'_>) -> PyResult<u64> {
+        self.with(py, |held| Ok(held.reducer.start_step().0))
+    }
+
+    /// The run and step of the replica that this worker must take before its first step, because it joined a job that runs.
+    fn needs_snapshot(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |held| Ok(held.reducer.needs_snapshot().is_some()))
+    }
+
+    /// Elements of a row of each tensor, in the plan's view.
+    fn widths(&self, py: Python<'_>) -> PyResult<Vec<u64>> {
+        self.with(py, |held| {
+            let tensors = held.reducer.plan().tensors.iter();
+            Ok(tensors.map(|tensor| tensor.width as u64).collect())
+        })
+    }
+
+    /// Opens a step. True: the job has closed it without this worker, so that no gradients are needed.
+    fn begin(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |held| {
+            let StepStart { behind } = held.reducer.begin().map_err(|e| reducing(&e))?;
+            Ok(behind)
+        })
+    }
+
+    /// Hands over a tensor's gradient, times `factor`: `elements` contiguous elements at `address`, read during the call.
+    #[pyo3(signature = (tensor, address, elements, dtype, factor = 1.0))]
+    fn push(
+        &self,
+        py: Python<'_>,
+        tensor: u32,
+        address: usize,
+        elements: usize,
+        dtype: &str,
+        factor: f32,
+    ) -> PyResult<()> {
+        let memory = Memory::new(address, elements, dtype)?;
+        self.with(py, |held| {
+            let gradient = memory.read(factor);
+            let pushed = held.reducer.push(TensorId(tensor), &gradient);
+            pushed.map_err(|error| reducing(&error))
+        })
+    }
+
+    /// Waits until every round of the step has closed, and commits.
+    fn finish(&self, py: Python<'_>) -> PyResult<Outcome> {
+        self.with(py, |held| {
+            let outcome = held.reducer.finish().map_err(|error| reducing(&error))?;
+            Ok(Outcome::from(&outcome))
+        })
+    }
+
+    /// Writes results, times `factor`, to tensors: `(tensor, address, elements, dtype)` of each.
+    #[pyo3(signature = (tensors, factor = 1.0))]
+    fn results(
+        &self,
+        py: Python<'_>,
+        tensors: Vec<(u32, usize, usize, String)>,
+        factor: f32,
+    ) -> PyResult<()> {
+        self.with(py, |held| {
+            let mut wanted = vec![Vec::new(); held.rows.len()];
+            for (tensor, address, elements, dtype) in tensors {
+                let memory = Memory::new(address, elements, &dtype)?;
+                match wanted.get_mut(tensor as usize) {
+                    Some(of) => of.push(memory),
+                    None => {
+                        return Err(super::errors::config(format!(
+                            "there is no tensor {tensor}"
+                        )));
+                    }
+                }
+            }
+            let (mut written, rows) = (Ok(()), &mut held.rows);
+            held.reducer.for_each_result(&mut |result| {
+                let index = result.tensor.index();
+                rows[index] = match result.rows {
+                    RowsCame::All => None,
+                    RowsCame::Rows(rows) => Some(rows.to_vec()),
+                };
+                for memory in &mut wanted[index] {
+                    if written.is_ok() {
+                        written = memory.write(result.values, factor);
+                    }
+                }
+            });
+            written
+        })
+    }
+
+    /// Fresh rows of a tensor in the last results, ascending; `None` for all of them.
+    fn rows(&self, py: Python<'_>, tensor: usize) -> PyResult<Option<Vec<u32>>> {
+        self.with(py, |held| {
+            held.rows
+                .get(tensor)
+                .cloned()
+                .ok_or_else(|| super::errors::config(format!("there is no tensor {tensor}")))
+        })
+    }
+
+    /// Step, update and feedback state: arrays of little-endian f32 by name.
+    fn export_state<'py>(&self, py: Python<'py>) -> PyResult<Exported<'py>> {
+        let state = self.with(py, |held| Ok(held.reducer.export_state()))?;
+        let arrays = state.arrays.into_iter().map(|(name, values)| {
+            let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
+            (name, PyBytes::new(py, &bytes))
+        });
+        Ok((state.step.0, state.update, arrays.collect()))
+    }
+
+    /// Continues from what `export_state` gave. Before the first step only.
+    fn import_state(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        update: u64,
+        arrays: Vec<(String, Vec<u8>)>,
+    ) -> PyResult<()> {
+        let values = |bytes: &[u8]| -> Vec<f32> {
+            let (values, _) = bytes.as_chunks::<4>();
+            values
+                .iter()
+                .map(|value| f32::from_le_bytes(*value))
+                .collect()
+        };
+        let arrays = arrays
+            .iter()
+            .map(|(name, bytes)| (name.clone(), values(bytes)));
+        let state = WorkerState {
+            step: Step(step),
+            update,
+            arrays: arrays.collect(),
+        };
+        self.with(py, |held| {
+            held.reducer
+                .import_state(state)
+                .map_err(|error| reducing(&error))
+        })
+    }
+
+    /// Tells shard 0's page how training goes. Best effort.
+    fn report(
+        &self,
+        py: Python<'_>,
+        step: u64,
+        loss: f32,
+        step_seconds: f32,
+        wait_seconds: f32,
+    ) -> PyResult<()> {
+        self.with(py, |held| {
+            held.reducer.report(TrainReport {
+                step: Step(step),
+                loss,
+                step_seconds,
+                wait_seconds,
+            });
+            Ok(())
+        })
+    }
+
+    /// Leaves the job in order. A session that has ended already stays so.
+    fn leave(&self, py: Python<'_>) {
+        py.detach(|| {
+            if let Some(held) = self.lock().take() {
+                Box::new(held.reducer).leave();
+            }
+        });
+    }
+}

@@ -1,0 +1,121 @@
+//! The only place where an address that Python gives becomes a slice.
+#![allow(unsafe_code, reason = "tensors are used in place, by their address")]
+
+use half::{bf16, f16};
+use pyo3::{PyErr, PyResult};
+use std::borrow::Cow;
+
+/// A tensor's element type.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Element {
+    F32,
+    Bf16,
+    F16,
+}
+
+impl Element {
+    fn parse(name: &str) -> PyResult<Self> {
+        match name {
+            "float32" => Ok(Self::F32),
+            "bfloat16" => Ok(Self::Bf16),
+            "float16" => Ok(Self::F16),
+            other => Err(super::errors::config(format!(
+                "elements of type {other} cannot be averaged: use float32, bfloat16 or float16"
+            ))),
+        }
+    }
+
+    fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
+/// A tensor in the caller's memory: contiguous elements from an address on.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Memory {
+    address: usize,
+    elements: usize,
+    element: Element,
+}
+
+impl Memory {
+    /// `address` must be that of `elements` elements of the type that `dtype` names, which nobody else uses during the call.
+    ///
+    /// # Errors
+    /// A type that is not known, or an address that cannot be one.
+    pub(crate) fn new(address: usize, elements: usize, dtype: &str) -> PyResult<Self> {
+        let element = Element::parse(dtype)?;
+        let aligned = address.is_multiple_of(element.bytes());
+        let fits = elements <= isize::MAX as usize / 4;
+        if elements > 0 && address == 0 || !aligned || !fits {
+            let text = format!("{elements} elements of {dtype} cannot be at address {address:#x}");
+            return Err(super::errors::config(text));
+        }
+        Ok(Self {
+            address,
+            elements,
+            element,
+        })
+    }
+
+    fn slice<T>(&self) -> &[T] {
+        if self.elements == 0 {
+            return &[];
+        }
+        // SAFETY: by the contract of `new`, which every caller of the Python half keeps by holding the tensor: the memory is
+        // there, of this type, and not written during the call. Alignment and length were checked.
+        unsafe { std::slice::from_raw_parts(self.address as *const T, self.elements) }
+    }
+
+    fn slice_mut<T>(&mut self) -> &mut [T] {
+        if self.elements == 0 {
+            return &mut [];
+        }
+        // SAFETY: as above, and nobody else reads it during the call.
+        unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, self.elements) }
+    }
+
+    /// Its values times `factor`: in place where they are f32 already and the factor is 1.
+    pub(crate) fn read(&self, factor: f32) -> Cow<'_, [f32]> {
+        match self.element {
+            Element::F32 if factor == 1.0 => Cow::Borrowed(self.slice::<f32>()),
+            Element::F32 => scaled(self.slice::<f32>().iter().copied(), factor),
+            Element::Bf16 => scaled(self.slice::<bf16>().iter().map(|v| v.to_f32()), factor),
+            Element::F16 => scaled(self.slice::<f16>().iter().map(|v| v.to_f32()), factor),
+        }
+    }
+
+    /// Writes `values` times `factor`.
+    ///
+    /// # Errors
+    /// If their number is not that of the elements.
+    pub(crate) fn write(&mut self, values: &[f32], factor: f32) -> Result<(), PyErr> {
+        if values.len() != self.elements {
+            return Err(super::errors::config(format!(
+                "a result of {} values was to be written to {} elements",
+                values.len(),
+                self.elements
+            )));
+        }
+        let values = values.iter().map(|value| value * factor);
+        match self.element {
+            Element::F32 => fill(self.slice_mut(), values),
+            Element::Bf16 => fill(self.slice_mut(), values.map(bf16::from_f32)),
+            Element::F16 => fill(self.slice_mut(), values.map(f16::from_f32)),
+        }
+        Ok(())
+    }
+}
+
+fn scaled(values: impl Iterator<Item = f32>, factor: f32) -> Cow<'static, [f32]> {
+    Cow::Owned(values.map(|value| value * factor).collect())
+}
+
+fn fill<T>(to: &mut [T], values: impl Iterator<Item = T>) {
+    to.iter_mut()
+        .zip(values)
+        .for_each(|(to, value)| *to = value);
+}

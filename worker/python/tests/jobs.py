@@ -1,0 +1,157 @@
+"""What worker processes do; each returns plain numbers and tensors."""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import arc_topk
+
+DENSE = {"compressor": "dense", "wire_dense": "f32"}
+# Everything travels, and nothing is rounded on the way.
+LOSSLESS = {
+    "density": 1.0,
+    "warmup_updates": 0,
+    "wire_up": "f32",
+    "wire_down": "f32",
+    "wire_warmup": "f32",
+    "dense_below_elements": 16,
+}
+SPARSE = LOSSLESS | {"density": 0.25}
+
+
+def model(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(12, 32), nn.Tanh(), nn.Linear(32, 24), nn.Tanh(), nn.Linear(24, 4))
+
+
+def batch(rank: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1000 * step + rank)
+    inputs = torch.randn(16, 12, generator=generator)
+    return inputs, torch.sin(inputs[:, :4] * 2.0)
+
+
+def loss_of(net: nn.Module, rank: int, step: int) -> torch.Tensor:
+    inputs, wanted = batch(rank, step)
+    return nn.functional.mse_loss(net(inputs), wanted)
+
+
+def values(net: nn.Module) -> list[torch.Tensor]:
+    return [parameter.detach().clone() for parameter in net.parameters()]
+
+
+@contextlib.contextmanager
+def process_group() -> Any:
+    dist.init_process_group("gloo")
+    try:
+        yield
+    finally:
+        arc_topk.shutdown()
+        dist.destroy_process_group()
+
+
+def ddp(rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float = 25.0) -> list[torch.Tensor]:
+    """Parameters after some steps; ``settings`` of None: DDP's own averaging."""
+    with process_group():
+        net = model()
+        wrapped = DistributedDataParallel(net, bucket_cap_mb=bucket_mb)
+        if settings is not None:
+            arc_topk.register(wrapped, **settings)
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+        for step in range(steps):
+            optimizer.zero_grad()
+            loss_of(wrapped, rank, step).backward()
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+        return values(net)
+
+
+def wrapper(rank: int, settings: dict[str, Any], steps: int, seeds_differ: bool = False) -> list[torch.Tensor]:
+    """The same by DistributedOptimizer, without a process group."""
+    net = model(rank if seeds_differ else 0)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
+    assert isinstance(optimizer, torch.optim.SGD)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+        optimizer.step()
+    arc_topk.shutdown()
+    return values(net)
+
+
+def reduced(rank: int, steps: int) -> list[list[torch.Tensor]]:
+    got = []
+    for step in range(steps):
+        tensors = [torch.full((40, 3), float(rank + step)), torch.arange(5.0) * rank]
+        arc_topk.all_reduce(tensors, **DENSE)
+        got.append(tensors)
+        if step == 0:
+            # The other one has begun no step that this one can do without.
+            assert (arc_topk.rank(), arc_topk.world_size()) == (rank, 2)
+    summary = arc_topk.summary()
+    assert summary.steps == steps and summary.bytes_sent > 0
+    arc_topk.shutdown()
+    return got
+
+
+def accumulated(rank: int, form: str, passes: int) -> list[torch.Tensor]:
+    """Two steps, each of some backward passes."""
+    with process_group() if form == "ddp" else contextlib.nullcontext():
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        if form == "ddp":
+            net_or_ddp: nn.Module = DistributedDataParallel(net)
+            arc_topk.register(net_or_ddp, **LOSSLESS)
+            no_sync = net_or_ddp.no_sync
+        else:
+            net_or_ddp = net
+            optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **LOSSLESS)
+            no_sync = optimizer.no_sync
+        for step in range(2):
+            optimizer.zero_grad()
+            for at in range(passes):
+                with no_sync() if at + 1 < passes else contextlib.nullcontext():
+                    (loss_of(net_or_ddp, rank, passes * step + at) / passes).backward()
+            optimizer.step()
+        arc_topk.shutdown()
+        return values(net)
+
+
+def overflow(rank: int, form: str) -> dict[str, Any]:
+    """Mixed precision whose gradients overflow on one worker in one step."""
+    with process_group() if form == "ddp" else contextlib.nullcontext():
+        net = model()
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        if form == "ddp":
+            net_or_ddp: nn.Module = DistributedDataParallel(net)
+            exchange = arc_topk.register(net_or_ddp, scaler=scaler, **SPARSE)
+        else:
+            net_or_ddp = net
+            optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), scaler=scaler, **SPARSE)
+            exchange = optimizer.exchange
+        seen = []
+        for step in range(6):
+            optimizer.zero_grad()
+            loss = loss_of(net_or_ddp, rank, step)
+            if step == 3 and rank == 1:
+                loss = loss * float("inf")
+            before, kept = values(net), exchange.state_dict()["arrays"]
+            scaler.scale(loss).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            scaler.step(optimizer)
+            scaler.update()
+            after = exchange.state_dict()["arrays"]
+            moved = any(not torch.equal(a, b) for a, b in zip(before, values(net), strict=True))
+            residual = any(not torch.equal(kept[name], after[name]) for name in kept)
+            seen.append((moved, residual, float(scaler.get_scale())))
+        arc_topk.shutdown()
+        return {"seen": seen, "values": values(net), "skipped": exchange.summary.skipped}
