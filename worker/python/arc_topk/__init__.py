@@ -17,12 +17,14 @@ try:
 except ImportError as _error:
     raise ImportError("arc_topk needs PyTorch 2.3 or later: pip install torch") from _error
 
+from . import optim
 from ._exchange import Exchange, Summary
 from ._native import ArcError, ConfigError, ConnectionFailed, JobEnded, Outcome, Superseded, __version__
 from ._reduce import all_reduce
 from ._state import init, rank, shutdown, summary, world_size
 from .config import Config, Peers
 from .ddp import register
+from .optim import RowAges, fresh_rows
 from .optimizer import DistributedOptimizer
 
 __all__ = [
@@ -35,11 +37,14 @@ __all__ = [
     "JobEnded",
     "Outcome",
     "Peers",
+    "RowAges",
     "Summary",
     "Superseded",
     "__version__",
     "all_reduce",
+    "fresh_rows",
     "init",
+    "optim",
     "rank",
     "register",
     "shutdown",

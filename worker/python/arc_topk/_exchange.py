@@ -186,7 +186,9 @@ class Exchange:
     def fresh_rows(self, index: int) -> torch.Tensor | None:
         """Rows of the last result that came, ascending; ``None`` for all of them."""
         rows = self.session.rows(index)
-        return None if rows is None else torch.tensor(rows, dtype=torch.int64)
+        if rows is None:
+            return None
+        return torch.frombuffer(bytearray(rows), dtype=torch.int32).to(torch.int64) if rows else torch.empty(0, dtype=torch.int64)
 
     def state_dict(self) -> dict[str, Any]:
         """Step and feedback state of this rank, for ``state=`` of the next start."""

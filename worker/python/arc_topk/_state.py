@@ -68,6 +68,14 @@ def exchange() -> Exchange:
     return _exchange
 
 
+def exchange_of(parameter: torch.Tensor) -> tuple[Exchange, int] | None:
+    """The exchange that averages this tensor, and its place there."""
+    if _exchange is None:
+        return None
+    index = _exchange.index.get(id(parameter))
+    return None if index is None else (_exchange, index)
+
+
 def shutdown() -> None:
     """Leaves the job in order. The others go on without this worker; nothing happens where there is no job."""
     global _exchange

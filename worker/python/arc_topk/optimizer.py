@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _native
-from ._exchange import Exchange
+from ._exchange import Exchange, logger
 from ._state import open_exchange
 from .config import Config
 
@@ -25,6 +25,8 @@ class _Averaging:
             # The gradients that the optimizer uses are those of its own call.
             return super().step(closure)  # type: ignore[misc]
         self._arc.synchronize()
+        if self._arc.skips():
+            return None
         return super().step()  # type: ignore[misc]
 
     def no_sync(self) -> Any:
@@ -46,6 +48,7 @@ class _Averager:
         self._scaler = scaler
         self._syncs = True
         self._open = False
+        self._skipped = False
         self._factor = 1.0
         self._pushed: set[int] = set()
         for parameter in parameters:
@@ -82,7 +85,14 @@ class _Averager:
                 # Unused here; others may have used it.
                 parameter.grad = torch.zeros_like(parameter)
             results.append((self.exchange.index[id(parameter)], parameter.grad))
-        self.exchange.finish(results, self._factor)
+        self._skipped = self.exchange.finish(results, self._factor).skipped
+
+    def skips(self) -> bool:
+        """Whether all workers skip this step, because some gradient was not finite. Said once for each."""
+        skipped, self._skipped = self._skipped, False
+        if skipped:
+            logger.warning("a gradient with a NaN or an infinity came from some worker: all workers skip this step")
+        return skipped
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -129,6 +139,7 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
                 # Its own name comes first among the patterns.
                 densities = {name: float(group["density"]), **densities}
     config = Config(**{**vars(config), "densities": densities})
+    _warn_of_adam(optimizer, config)
     named = [(names[id(parameter)], parameter) for parameter in parameters]
     exchange = open_exchange(named, config, state=state)
     if broadcast and state is None:
@@ -138,6 +149,19 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     wrapped.__dict__.update(optimizer.__dict__)
     wrapped._arc = _Averager(exchange, parameters, scaler)
     return wrapped
+
+
+def _warn_of_adam(optimizer: torch.optim.Optimizer, config: Config) -> None:
+    """Rows that come seldom bring many gradients at once, which Adam's second moment squares."""
+    adams = (torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adamax)
+    sparse = config.compressor != "dense" and config.feedback == "ef14" and config.density < 0.5
+    if isinstance(optimizer, adams) and sparse:
+        logger.warning(
+            "%s squares what a row brings after some steps at once, which costs accuracy at density %g: use "
+            "arc_topk.optim.AdamW, a drop-in that knows how long a row was away",
+            type(optimizer).__name__,
+            config.density,
+        )
 
 
 def broadcast_parameters(exchange: Exchange, parameters: list[torch.Tensor]) -> None:

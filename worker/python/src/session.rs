@@ -260,14 +260,16 @@ impl Session {
         })
     }
 
-    /// Fresh rows of a tensor in the last results, ascending; `None` for all of them.
-    fn rows(&self, py: Python<'_>, tensor: usize) -> PyResult<Option<Vec<u32>>> {
-        self.with(py, |held| {
-            held.rows
-                .get(tensor)
-                .cloned()
-                .ok_or_else(|| super::errors::config(format!("there is no tensor {tensor}")))
-        })
+    /// Fresh rows of a tensor in the last results, ascending, as little-endian u32; `None` for all of them.
+    fn rows<'py>(&self, py: Python<'py>, tensor: usize) -> PyResult<Option<Bound<'py, PyBytes>>> {
+        let rows = self.with(py, |held| {
+            let rows = held.rows.get(tensor).cloned();
+            rows.ok_or_else(|| super::errors::config(format!("there is no tensor {tensor}")))
+        })?;
+        Ok(rows.map(|rows| {
+            let bytes: Vec<u8> = rows.iter().flat_map(|row| row.to_le_bytes()).collect();
+            PyBytes::new(py, &bytes)
+        }))
     }
 
     /// Step, update and feedback state: arrays of little-endian f32 by name.

@@ -155,3 +155,21 @@ def overflow(rank: int, form: str) -> dict[str, Any]:
             seen.append((moved, residual, float(scaler.get_scale())))
         arc_topk.shutdown()
         return {"seen": seen, "values": values(net), "skipped": exchange.summary.skipped}
+
+
+def caught_up(rank: int, steps: int) -> dict[str, Any]:
+    """Training with catch-up AdamW, and which rows of the first weight came."""
+    net = model()
+    optimizer = arc_topk.optim.AdamW(net.parameters(), lr=0.01)
+    settings = SPARSE | {"warmup_updates": 2}
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
+    fresh, losses = [], []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, rank, 0)
+        loss.backward()
+        fresh.append(arc_topk.fresh_rows(next(net.parameters())))
+        optimizer.step()
+        losses.append(float(loss))
+    arc_topk.shutdown()
+    return {"values": dict(net.state_dict()), "fresh": fresh, "loss": losses}
