@@ -19,6 +19,7 @@ except ImportError as _error:
 
 from . import optim
 from ._exchange import Exchange, Summary
+from ._merge import merge_states
 from ._native import ArcError, ConfigError, ConnectionFailed, JobEnded, Outcome, Superseded, __version__
 from ._reduce import all_reduce
 from ._state import init, rank, shutdown, summary, world_size
@@ -44,6 +45,7 @@ __all__ = [
     "all_reduce",
     "fresh_rows",
     "init",
+    "merge_states",
     "optim",
     "rank",
     "register",

@@ -173,3 +173,16 @@ def caught_up(rank: int, steps: int) -> dict[str, Any]:
         losses.append(float(loss))
     arc_topk.shutdown()
     return {"values": dict(net.state_dict()), "fresh": fresh, "loss": losses}
+
+
+def wrapper_unclipped(rank: int, settings: dict[str, Any], steps: int) -> dict[str, torch.Tensor]:
+    """Plain SGD by the wrapper."""
+    net = model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+    arc_topk.shutdown()
+    return dict(net.state_dict())
