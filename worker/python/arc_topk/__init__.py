@@ -22,7 +22,7 @@ from ._exchange import Exchange, Summary
 from ._merge import merge_states
 from ._native import ArcError, ConfigError, ConnectionFailed, JobEnded, Outcome, Superseded, __version__
 from ._reduce import all_reduce
-from ._state import init, rank, shutdown, summary, world_size
+from ._state import exchange, init, rank, shutdown, summary, world_size
 from .config import Config, Peers
 from .ddp import register
 from .optim import RowAges, fresh_rows
@@ -43,6 +43,7 @@ __all__ = [
     "Superseded",
     "__version__",
     "all_reduce",
+    "exchange",
     "fresh_rows",
     "init",
     "merge_states",

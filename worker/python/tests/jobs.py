@@ -186,3 +186,19 @@ def wrapper_unclipped(rank: int, settings: dict[str, Any], steps: int) -> dict[s
         optimizer.step()
     arc_topk.shutdown()
     return dict(net.state_dict())
+
+
+def vectors(rank: int, rounds: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The gradients of a golden vector through the low-level call; results, rows and state."""
+    names = [tensor["name"] for tensor in rounds["tensors"]]
+    shapes = [tensor["shape"] for tensor in rounds["tensors"]]
+    results, rows = [], []
+    for gradients in rounds["gradients"]:
+        own = zip(names, gradients[rank], shapes, strict=True)
+        tensors = {name: torch.tensor(values, dtype=torch.float32).reshape(shape) for name, values, shape in own}
+        arc_topk.all_reduce(tensors, **settings)
+        results.append([tensor.flatten() for tensor in tensors.values()])
+        rows.append([arc_topk.exchange().fresh_rows(index) for index in range(len(names))])
+    arrays = arc_topk.exchange().state_dict()["arrays"]
+    arc_topk.shutdown()
+    return {"results": results, "rows": rows, "arrays": arrays}
