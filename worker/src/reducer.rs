@@ -5,8 +5,8 @@ use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
 use std::sync::Arc;
 
-/// Tells, on whichever thread, which ranks are in the job at that moment: [`Reducer::members`].
-pub type CurrentMembers = Arc<dyn Fn() -> Vec<Rank> + Send + Sync>;
+/// Tells, on whichever thread, which ranks are in the job and connected at that moment, by the latest news; ascending.
+pub type LiveRanks = Arc<dyn Fn() -> Vec<Rank> + Send + Sync>;
 
 /// Why a step could not be finished.
 #[derive(Clone, PartialEq, Debug, thiserror::Error)]
@@ -28,9 +28,7 @@ pub enum ReduceError {
         detail: String,
     },
     /// The job went on without this worker, further than it can follow. It may join again, with the state of a snapshot.
-    #[error(
-        "shard {shard} goes on without this worker: {detail}; join again, with the state of a snapshot"
-    )]
+    #[error("shard {shard} goes on without this worker: {detail} (with the state of a snapshot)")]
     Superseded {
         /// Shard.
         shard: u16,
@@ -124,7 +122,7 @@ pub trait Reducer: Send {
     }
 
     /// A way to ask who is there while training goes on.
-    fn current_members(&self) -> CurrentMembers {
+    fn live_ranks(&self) -> LiveRanks {
         let members = self.members();
         Arc::new(move || members.clone())
     }

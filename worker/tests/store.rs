@@ -219,6 +219,12 @@ fn two_shards_serve_the_files_of_three() {
         incomplete.passed_over[0].reason.contains("piece 2 of 3"),
         "{incomplete:?}"
     );
+    // Whoever took that for nothing would begin anew, and lose what is whole again in a moment.
+    let error = shards.client().newest().unwrap_err().to_string();
+    assert!(
+        error.contains("step 10") && error.contains("piece 2 of 3"),
+        "{error}"
+    );
     shards.restart(0);
     copy(&shards.dir(2), &shards.dir(1));
     shards.restart(2);

@@ -255,14 +255,16 @@ pub enum TransportError {
     },
     /// The peer fell silent.
     #[error(
-        "{peer} fell silent: its process, machine or link is gone; look at its log, and restart the job from the last checkpoint if it does not come back"
+        "{peer} fell silent: its process, machine or link is gone, or stands still; the job goes on, and takes it in again when it is back"
     )]
     IdleTimeout {
         /// Peer.
         peer: String,
     },
     /// The peer's process restarted.
-    #[error("{peer} no longer knows this connection: its process was started again")]
+    #[error(
+        "{peer} no longer knows this connection: its process was started again, or it had given this one up for lost"
+    )]
     Reset {
         /// Peer.
         peer: String,

@@ -2,7 +2,7 @@
 
 use super::error::CliError;
 use crate::record::StepRecord;
-use crate::reducer::{CurrentMembers, ReduceError, Reducer, StepStart, TrainReport};
+use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
@@ -98,8 +98,8 @@ impl Reducer for MeteredReducer {
         Reducer::members(&self.inner)
     }
 
-    fn current_members(&self) -> CurrentMembers {
-        self.inner.current_members()
+    fn live_ranks(&self) -> LiveRanks {
+        self.inner.live_ranks()
     }
 
     fn live_workers(&self) -> u16 {

@@ -329,14 +329,16 @@ fn note_event(event: &NetEvent, metrics: &WorkerMetrics) {
 
 fn log_event(event: &NetEvent) {
     match event {
-        NetEvent::Retrying { shard, cause } => {
-            tracing::info!(shard = shard.0, cause, "shard does not answer yet")
-        }
         NetEvent::Waiting { joined, world } => {
-            tracing::info!(joined, world, "waiting for the other workers")
+            tracing::info!(
+                joined,
+                world,
+                "waiting for a place in the job: so many of so many workers are there, this one counted"
+            )
         }
         // The session logs these itself.
-        NetEvent::Membership { .. }
+        NetEvent::Retrying { .. }
+        | NetEvent::Membership { .. }
         | NetEvent::ShardLost { .. }
         | NetEvent::ShardBack { .. }
         | NetEvent::DigestsDiffer { .. } => {}

@@ -49,7 +49,7 @@ pub use error::ConnectError;
 
 use crate::backend::{Backend, CpuBackend};
 use crate::member::{Member, MemberConfig};
-use crate::reducer::{CurrentMembers, ReduceError, Reducer, StepStart, TrainReport};
+use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Rank, RunId, ShardId, Step, TensorId};
@@ -323,9 +323,14 @@ impl Reducer for QuicReducer {
         self.shared.core().member.place().members.clone()
     }
 
-    fn current_members(&self) -> CurrentMembers {
+    fn live_ranks(&self) -> LiveRanks {
         let shared = Arc::clone(&self.shared);
-        Arc::new(move || shared.core().member.place().members.clone())
+        Arc::new(move || {
+            let core = shared.core();
+            let (place, away) = (core.member.place(), core.member.away());
+            let members = place.members.iter().copied();
+            members.filter(|rank| !away.contains(rank)).collect()
+        })
     }
 
     fn live_workers(&self) -> u16 {

@@ -136,7 +136,8 @@ impl AsyncStoreClient {
     /// The newest snapshot from which a job can go on. What was passed over goes to the log; [`Self::survey`] returns it.
     ///
     /// # Errors
-    /// If no shard answers; or if there is no such snapshot, but not all shards answered, so that nobody can know.
+    /// If no shard answers; if there is no such snapshot, but not all shards answered, so that nobody can know; or if there
+    /// are committed ones and none is whole ([`StoreError::NoneWhole`]).
     pub async fn newest(&self) -> Result<Option<SnapshotInfo>, StoreError> {
         fetch::newest(self).await
     }

@@ -97,6 +97,17 @@ pub enum StoreError {
         /// What is missing.
         detail: String,
     },
+    /// There are snapshots, but none from which a job could go on.
+    #[error(
+        "no snapshot in the shards' store is whole: of the newest, that of {snapshot}, {reason}; start the shards with the \
+         --snapshot-dir that each had (files of a shard that is gone can be copied into another's), or with empty ones to begin anew"
+    )]
+    NoneWhole {
+        /// The newest that was committed.
+        snapshot: SnapshotId,
+        /// What it lacks.
+        reason: String,
+    },
     /// A part is larger than the store takes.
     #[error(
         "a part of {bytes} bytes is too large for {shards} shards, each of which takes 4 GiB of it; use more shards"

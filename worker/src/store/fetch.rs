@@ -22,6 +22,18 @@ pub(super) async fn newest(client: &AsyncStoreClient) -> Result<Option<SnapshotI
     }
     match (newest, errors.into_iter().next()) {
         (None, Some(error)) => Err(error),
+        // Whoever began at step 0 instead would drop them with the first snapshot of its own.
+        (None, None) => match survey
+            .passed_over
+            .into_iter()
+            .find(|passed| passed.committed)
+        {
+            Some(passed) => Err(StoreError::NoneWhole {
+                snapshot: passed.snapshot,
+                reason: passed.reason,
+            }),
+            None => Ok(None),
+        },
         (newest, _) => Ok(newest),
     }
 }

@@ -34,6 +34,8 @@ pub struct WholePart {
 pub struct PassedOver {
     /// Snapshot.
     pub snapshot: SnapshotId,
+    /// It was whole once.
+    pub committed: bool,
     /// For people.
     pub reason: String,
 }
@@ -99,6 +101,7 @@ pub(super) fn survey(listings: &[(u16, Vec<HeldSnapshot>)]) -> Survey {
             Ok(info) => survey.complete.push(info),
             Err(reason) => survey.passed_over.push(PassedOver {
                 snapshot: id,
+                committed: !merged.manifests.is_empty(),
                 reason,
             }),
         }

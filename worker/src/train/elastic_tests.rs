@@ -6,7 +6,7 @@ use super::tests::{Log, local, small, sparse, spec};
 use super::*;
 use crate::memory::{MemoryCluster, MemoryOptions};
 use crate::record::RunSummary;
-use crate::reducer::{CurrentMembers, Reducer, StepStart, TrainReport};
+use crate::reducer::{Reducer, StepStart, TrainReport};
 use crate::step::{StepOutcome, TensorResult, WorkerState};
 use crate::store::SnapshotInfo;
 use arc_topk_common::config::algorithm::Feedback;
@@ -17,7 +17,7 @@ use bytes::Bytes;
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::thread;
 
 const RUN: RunId = RunId([7; 16]);
@@ -473,8 +473,9 @@ fn free_settings_are_no_reason_to_refuse_a_worker() {
     );
 }
 
-#[test]
-fn a_snapshot_does_not_wait_for_the_part_of_one_that_is_gone() {
+/// What a leader of three makes of a snapshot to which rank 2 gives nothing: the owners of its parts. `live`: who is there
+/// at each look; the last one hurries it.
+fn without_rank_2(live: &[&[u16]], all_or_none: bool) -> (Vec<Owner>, Vec<String>) {
     let shelf = Arc::new(Shelf::default());
     let id = SnapshotId {
         step: Step(5),
@@ -485,38 +486,51 @@ fn a_snapshot_does_not_wait_for_the_part_of_one_that_is_gone() {
         feedback: vec![("residual/a".to_owned(), vec![f32::from(rank)])],
         ..Checkpoint::default()
     };
-    let looks = Arc::new(AtomicUsize::new(0));
-    let current: CurrentMembers = {
-        let looks = Arc::clone(&looks);
-        Arc::new(move || {
-            // Rank 2 is lost, and rank 1 has left since its part is there.
-            match looks.fetch_add(1, Ordering::SeqCst) {
-                0 => vec![Rank(0), Rank(1), Rank(2)],
-                _ => vec![Rank(0)],
-            }
-        })
-    };
+    let (looks, enough) = mpsc::channel();
+    let ranks: Vec<Vec<Rank>> = live
+        .iter()
+        .map(|ranks| ranks.iter().copied().map(Rank).collect())
+        .collect();
+    let look = AtomicUsize::new(0);
     let lead = Lead {
         replica: part(9),
         members: vec![Rank(0), Rank(1), Rank(2)],
-        current,
-        all_or_none: false,
+        live: Arc::new(move || {
+            let at = look.fetch_add(1, Ordering::SeqCst);
+            if at + 1 == ranks.len() {
+                looks.send(()).unwrap();
+            }
+            ranks[at.min(ranks.len() - 1)].clone()
+        }),
+        all_or_none,
     };
     shelf
         .upload_part(id, Owner::Rank(Rank(1)), encode(&part(1)).into())
         .unwrap();
     let mut uploads = Uploads::new(Arc::clone(&shelf) as Arc<dyn SnapshotStore>);
     uploads.snapshot(id, Rank(0), part(0), Some(lead));
+    enough.recv().unwrap();
     let mut heard = Log::default();
+    assert!(!uploads.is_free(&mut heard), "it waits for rank 2");
     assert_eq!(uploads.note(true, &mut heard), None);
-    assert_eq!(looks.load(Ordering::SeqCst), 2);
     let manifest = shelf.newest().unwrap().unwrap().manifest;
-    let owners: Vec<Owner> = manifest.parts.iter().map(|part| part.owner).collect();
+    assert_eq!(manifest.members, 3);
+    let owners = manifest.parts.iter().map(|part| part.owner).collect();
+    (owners, heard.messages)
+}
+
+#[test]
+fn a_snapshot_waits_for_nobody_once_the_next_one_is_due() {
+    let there: &[u16] = &[0, 1, 2];
+    let (owners, heard) = without_rank_2(&[there, there, &[0, 1]], false);
     let expected = [Owner::Replica, Owner::Rank(Rank(0)), Owner::Rank(Rank(1))];
     assert_eq!(owners, expected);
+    let told = |what: &str| heard.iter().any(|text| text.contains(what));
     assert!(
-        heard.messages.iter().any(|text| text.contains("ranks [2]")),
-        "{:?}",
-        heard.messages
+        told("ranks [2]") && told("raise --snapshot-every"),
+        "{heard:?}"
     );
+    // Estimates are of use only together.
+    let (owners, _) = without_rank_2(&[there], true);
+    assert_eq!(owners, [Owner::Replica]);
 }

@@ -79,15 +79,17 @@ pub fn run_on(
     let trainer = Trainer::new(&config.args, reducer.plan(), data)?;
     let mut run = Run::start(config, trainer, reducer, observer)?;
     run.summary.data = description;
+    let mut stopped = false;
     for step in run.first_step..config.args.steps {
         let stop = observer.should_stop();
         run.step(step, stop, reducer, observer)?;
         if stop {
             observer.on_message(&format!("stopped after step {step}, as asked"));
+            stopped = true;
             break;
         }
     }
-    run.end(reducer, observer)
+    run.end(stopped, reducer, observer)
 }
 
 /// Settings that decide no result.
@@ -303,7 +305,7 @@ impl<'a> Run<'a> {
                 Some(Lead {
                     replica: self.replica(reducer.export_shared())?,
                     members: reducer.members(),
-                    current: reducer.current_members(),
+                    live: reducer.live_ranks(),
                     all_or_none: matches!(feedback, Feedback::Ef21 | Feedback::Ef21m),
                 })
             } else {
@@ -406,12 +408,17 @@ impl<'a> Run<'a> {
 
     fn end(
         mut self,
+        stopped: bool,
         reducer: &mut dyn Reducer,
         observer: &mut dyn Observer,
     ) -> Result<RunSummary, TrainError> {
         if let Some(mut uploads) = self.uploads.take() {
             // What is on its way may take long, and the others need not wait for that.
             reducer.step_aside();
+            if stopped {
+                // The others go on, or are being stopped as well; whoever stops machines does not wait long.
+                uploads.hurry();
+            }
             if let Some((id, stored)) = uploads.note(true, observer) {
                 reducer.donation_ended(id.step, stored);
             }

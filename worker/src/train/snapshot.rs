@@ -4,27 +4,31 @@
 //!
 //! - a *donation* is the replica, for one worker that joins; nothing is committed;
 //! - a *snapshot* is every worker's own feedback state and, by the leader, the replica. The leader looks into the store
-//!   until the parts of all members are there, then commits. The part of one that is no member any more is left out, and so
-//!   is one that does not come in [`PARTS_PATIENCE`].
+//!   until the parts of all members are there, then commits. It does not wait for one that has been away for
+//!   [`AWAY_PATIENCE`], nor for anybody when the next snapshot is due or this worker leaves the job.
 //!
 //! The training thread pays for a copy of the arrays and no more.
 
 use super::checkpoint::Checkpoint;
 use super::encoding::{decode, encode};
 use super::{Observer, SnapshotError};
-use crate::reducer::CurrentMembers;
+use crate::reducer::LiveRanks;
 use crate::store::{SnapshotInfo, StoreClient, StoreError};
 use arc_topk_common::ids::Rank;
 use arc_topk_common::metrics::SnapshotEnd;
 use arc_topk_common::wire::{Manifest, Owner, PartInfo, SnapshotId};
 use bytes::Bytes;
+use std::collections::BTreeMap;
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 /// How long the leader waits for the other members' parts.
 const PARTS_PATIENCE: Duration = Duration::from_secs(60);
+/// How long it waits for one that is away: it may come back.
+const AWAY_PATIENCE: Duration = Duration::from_secs(5);
 /// Between a donation that failed and the next attempt.
 const DONATION_PAUSE: Duration = Duration::from_secs(5);
 /// Between two looks into the store.
@@ -116,8 +120,8 @@ pub(super) struct Lead {
     pub(super) replica: Checkpoint,
     /// Ranks whose parts belong to the snapshot.
     pub(super) members: Vec<Rank>,
-    /// Who is a member still, and may put its part into the store.
-    pub(super) current: CurrentMembers,
+    /// Who is there, and may put its part into the store.
+    pub(super) live: LiveRanks,
     /// Whether a snapshot without the parts of some members is better without any: the estimates of ef21 are of use only
     /// together.
     pub(super) all_or_none: bool,
@@ -170,6 +174,8 @@ pub(super) struct Uploads {
     /// A donation failed, and is not tried again before then.
     donate_after: Option<Instant>,
     snapshot: Option<Upload>,
+    /// Tells the snapshot's thread to wait for nobody any more.
+    hurry: Arc<AtomicBool>,
     said_busy: bool,
 }
 
@@ -180,6 +186,7 @@ impl Uploads {
             donation: None,
             donate_after: None,
             snapshot: None,
+            hurry: Arc::default(),
             said_busy: false,
         }
     }
@@ -197,13 +204,19 @@ impl Uploads {
         if self.snapshot.is_none() {
             return true;
         }
+        self.hurry();
         observer.on_snapshot(SnapshotEnd::Skipped, 0, 0.0);
         if !std::mem::replace(&mut self.said_busy, true) {
             observer.on_message(
-                "a snapshot is skipped, since the one before is still on its way to the shards; raise --snapshot-every",
+                "a snapshot is skipped, since the one before is still on its way to the shards; if that goes on, raise --snapshot-every",
             );
         }
         false
+    }
+
+    /// A snapshot that is under way takes the parts that are there.
+    pub(super) fn hurry(&self) {
+        self.hurry.store(true, Ordering::Relaxed);
     }
 
     /// Starts to put the replica into the store, for one that joins. Whether it could.
@@ -232,6 +245,8 @@ impl Uploads {
         lead: Option<Lead>,
     ) {
         let store = Arc::clone(&self.store);
+        let hurry = Arc::new(AtomicBool::new(false));
+        self.hurry = Arc::clone(&hurry);
         self.snapshot = Upload::start(id, move || {
             let start = Instant::now();
             let part = put(&*store, id, Owner::Rank(rank), &own)?;
@@ -245,7 +260,7 @@ impl Uploads {
             if let Some(Lead {
                 replica,
                 members,
-                current,
+                live,
                 all_or_none,
             }) = lead
             {
@@ -254,7 +269,12 @@ impl Uploads {
                 uploaded.bytes += whole.total_bytes;
                 uploaded.seconds = start.elapsed().as_secs_f64();
                 drop(replica);
-                let (mut parts, missing) = await_parts(&*store, id, part, &members, &current)?;
+                let looks = Looks {
+                    members: &members,
+                    live: &live,
+                    hurry: &hurry,
+                };
+                let (mut parts, missing) = looks.await_parts(&*store, id, part)?;
                 if all_or_none && !missing.is_empty() {
                     parts.clear();
                 }
@@ -305,35 +325,49 @@ fn put(
     store.upload_part(id, owner, encode(part).into())
 }
 
-/// The ranks' parts, `own` among them, once those of all `members` that are `current` ones are there or patience is at its
-/// end; and who is missing.
-fn await_parts(
-    store: &dyn SnapshotStore,
-    id: SnapshotId,
-    own: PartInfo,
-    members: &[Rank],
-    current: &CurrentMembers,
-) -> Result<(Vec<PartInfo>, Vec<Rank>), StoreError> {
-    let deadline = Instant::now() + PARTS_PATIENCE;
-    loop {
-        // Before the look into the store: who leaves in order has stored its part before.
-        let current = current();
-        let listed = store.parts(id)?;
-        let part = |rank: &Rank| {
-            let owner = Owner::Rank(*rank);
-            if owner == own.owner {
-                return Some(own.clone());
+/// For whose parts a leader waits.
+struct Looks<'a> {
+    members: &'a [Rank],
+    live: &'a LiveRanks,
+    hurry: &'a AtomicBool,
+}
+
+impl Looks<'_> {
+    /// The members' parts, `own` among them, once all have come that are waited for; and who is missing.
+    fn await_parts(
+        &self,
+        store: &dyn SnapshotStore,
+        id: SnapshotId,
+        own: PartInfo,
+    ) -> Result<(Vec<PartInfo>, Vec<Rank>), StoreError> {
+        let deadline = Instant::now() + PARTS_PATIENCE;
+        let mut away: BTreeMap<Rank, Instant> = BTreeMap::new();
+        loop {
+            // Before the look into the store: who leaves in order has stored its part before.
+            let (live, hurry) = ((self.live)(), self.hurry.load(Ordering::Relaxed));
+            let listed = store.parts(id)?;
+            let part = |rank: &Rank| {
+                let owner = Owner::Rank(*rank);
+                if owner == own.owner {
+                    return Some(own.clone());
+                }
+                listed.iter().find(|part| part.owner == owner).cloned()
+            };
+            let parts: Vec<PartInfo> = self.members.iter().filter_map(part).collect();
+            let missing = self.members.iter().filter(|rank| part(rank).is_none());
+            let missing: Vec<Rank> = missing.copied().collect();
+            let now = Instant::now();
+            away.retain(|rank, _| !live.contains(rank));
+            let mut is_awaited = |rank: &Rank| {
+                live.contains(rank)
+                    || now.duration_since(*away.entry(*rank).or_insert(now)) < AWAY_PATIENCE
+            };
+            let awaited = missing.iter().filter(|rank| is_awaited(rank)).count();
+            if awaited == 0 || hurry || now >= deadline {
+                return Ok((parts, missing));
             }
-            listed.iter().find(|part| part.owner == owner).cloned()
-        };
-        let parts: Vec<PartInfo> = members.iter().filter_map(part).collect();
-        let missing = members.iter().filter(|rank| part(rank).is_none());
-        let missing: Vec<Rank> = missing.copied().collect();
-        let awaited = missing.iter().any(|rank| current.contains(rank));
-        if !awaited || Instant::now() >= deadline {
-            return Ok((parts, missing));
+            std::thread::sleep(PARTS_INTERVAL);
         }
-        std::thread::sleep(PARTS_INTERVAL);
     }
 }
 

@@ -8,7 +8,7 @@ use super::snapshot::{SnapshotStore, open};
 use super::{Observer, SnapshotError, TrainError};
 use crate::reducer::Reducer;
 use crate::step::WorkerState;
-use crate::store::SnapshotInfo;
+use crate::store::{SnapshotInfo, StoreError};
 use arc_topk_common::config::train::TrainArgs;
 use arc_topk_common::ids::Step;
 use arc_topk_common::wire::{Owner, SnapshotId};
@@ -113,7 +113,7 @@ impl Run<'_> {
             return self.resume_from_snapshot(store, info, reducer, observer);
         }
         if !self.resume_from_checkpoint(reducer, observer)? {
-            observer.on_message("no checkpoint to resume from: starting at step 0");
+            observer.on_message("no checkpoint or snapshot to resume from: starting at step 0");
         }
         Ok(())
     }
@@ -126,7 +126,13 @@ impl Run<'_> {
         if config.args.snapshot_every == 0 {
             return Ok(());
         }
-        let newest = store.newest().map_err(SnapshotError::Store)?;
+        let newest = match store.newest() {
+            // This run's own first one, on its way to the shards.
+            Err(StoreError::NoneWhole { snapshot, .. }) if Some(snapshot.run) == reducer.run() => {
+                None
+            }
+            newest => newest.map_err(SnapshotError::Store)?,
+        };
         match newest.map(|info| info.id()) {
             Some(newest) if Some(newest.run) != reducer.run() => {
                 Err(SnapshotError::InUse { newest }.into())
@@ -243,7 +249,7 @@ impl Run<'_> {
     ) -> Result<(), TrainError> {
         if checkpoint.config != self.config {
             observer.on_message(
-                "settings differ from those that made the checkpoint: the run goes on, but not as it would have",
+                "the settings, or the number of shards, are not those that made the checkpoint: the run goes on from it, if not to the bit as it would have",
             );
         }
         let (specs, vars) = (self.trainer.model().specs(), self.trainer.model().vars());

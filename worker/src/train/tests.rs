@@ -438,7 +438,7 @@ fn a_checkpoint_of_another_model_is_refused_and_other_settings_are_told() {
     assert!(
         log.messages
             .iter()
-            .any(|text| text.contains("settings differ")),
+            .any(|text| text.contains("are not those that made the checkpoint")),
         "{:?}",
         log.messages
     );
