@@ -25,6 +25,8 @@ from ._reduce import all_reduce
 from ._state import exchange, init, rank, shutdown, summary, world_size
 from .config import Config, Peers
 from .ddp import register
+from .diloco import LocalSGD
+from .local import local
 from .optim import RowAges, fresh_rows
 from .optimizer import DistributedOptimizer
 
@@ -36,6 +38,7 @@ __all__ = [
     "DistributedOptimizer",
     "Exchange",
     "JobEnded",
+    "LocalSGD",
     "Outcome",
     "Peers",
     "RowAges",
@@ -46,6 +49,7 @@ __all__ = [
     "exchange",
     "fresh_rows",
     "init",
+    "local",
     "merge_states",
     "optim",
     "rank",

@@ -5,12 +5,14 @@
 //! | `options` | what Python asks for, as JSON, and what is made of it |
 //! | `session` | the class `Session`: a place in a job, and its steps |
 //! | `store` | the class `Store`: replicas in the shards' snapshot store |
+//! | `local` | the class `LocalShards`: the shards of a job on this machine |
 //! | `tensor` | the one place where addresses become slices |
 //! | `errors` | Rust's errors as Python's exceptions |
 //!
 //! Everything that may take time lets go of the interpreter's lock. How PyTorch is met is the business of the Python half.
 
 mod errors;
+mod local;
 mod options;
 mod session;
 mod store;
@@ -21,6 +23,8 @@ mod tensor;
 mod _native {
     #[pymodule_export]
     use super::errors::{ArcError, ConfigError, ConnectionFailed, JobEnded, Superseded};
+    #[pymodule_export]
+    use super::local::LocalShards;
     #[pymodule_export]
     use super::session::{Outcome, Session};
     #[pymodule_export]

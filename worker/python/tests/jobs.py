@@ -170,7 +170,7 @@ def caught_up(rank: int, steps: int) -> dict[str, Any]:
         loss.backward()
         fresh.append(arc_topk.fresh_rows(next(net.parameters())))
         optimizer.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     arc_topk.shutdown()
     return {"values": dict(net.state_dict()), "fresh": fresh, "loss": losses}
 
@@ -202,3 +202,56 @@ def vectors(rank: int, rounds: dict[str, Any], settings: dict[str, Any]) -> dict
     arrays = arc_topk.exchange().state_dict()["arrays"]
     arc_topk.shutdown()
     return {"results": results, "rows": rows, "arrays": arrays}
+
+
+def at_home(steps: int) -> tuple[int, int, float]:
+    """A worker of ``arc_topk.local``."""
+    net = model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), density=0.5)
+    rank, world = arc_topk.rank(), arc_topk.world_size()
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+    return rank, world, sum(float(value.double().sum()) for value in values(net))
+
+
+def fails_at_home() -> float:
+    """One of two workers fails before it joins."""
+    import os
+
+    return 1.0 / (1 - int(os.environ["RANK"]))
+
+
+def local_steps(rank: int, sync_every: int, rounds: int) -> dict[str, Any]:
+    """Local steps, and an outer optimizer that takes the mean as it is."""
+    net = model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = arc_topk.LocalSGD(
+        optimizer, net.named_parameters(), sync_every, lambda common: torch.optim.SGD(common, lr=1.0), **LOSSLESS
+    )
+    for step in range(sync_every * rounds):
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+    steps = arc_topk.summary().steps
+    arc_topk.shutdown()
+    return {"values": values(net), "steps": steps}
+
+
+def local_diloco(rank: int, steps: int) -> dict[str, Any]:
+    """DiLoCo with its defaults, compressed."""
+    net = model(rank)
+    optimizer: Any = torch.optim.AdamW(net.parameters(), lr=0.003)
+    optimizer = arc_topk.LocalSGD(optimizer, net.named_parameters(), 20, density=0.25, dense_below_elements=16)
+    losses = []
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss = loss_of(net, rank, step)
+        loss.backward()
+        optimizer.step()
+        if step % 20 == 19:
+            losses.append(float(loss_of(net, 7, 7).detach()))
+    arc_topk.shutdown()
+    return {"values": values(net), "losses": losses}
