@@ -68,8 +68,8 @@ class Summary:
 
     @property
     def compression(self) -> float:
-        """How many times fewer bytes than dense training, both ways together."""
-        return self.dense_equivalent_bytes / max(1, self.bytes_sent + self.bytes_received)
+        """How many times fewer bytes than dense training, both ways together (``dense_equivalent_bytes`` are those of one)."""
+        return 2 * self.dense_equivalent_bytes / max(1, self.bytes_sent + self.bytes_received)
 
 
 class Exchange:
