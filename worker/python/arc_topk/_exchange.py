@@ -83,6 +83,7 @@ class Exchange:
         *,
         trainer: str = "",
         state: Mapping[str, Any] | None = None,
+        elastic: bool = False,
     ) -> None:
         self.names: list[str] = []
         self.index: dict[int, int] = {}
@@ -118,7 +119,7 @@ class Exchange:
             "trainer": trainer,
             "start_step": step,
             "start_update": update,
-            "when": "start",
+            "when": "any" if elastic else "start",
             "connect_timeout": peers.connect_timeout,
             "join_timeout": peers.join_timeout,
             "reconnect_timeout": peers.reconnect_timeout,
@@ -126,7 +127,9 @@ class Exchange:
         }
         logger.info("joining job %r at %s", peers.job, ", ".join(peers.shards))
         self.session = _native.Session(json.dumps(options))
-        if state is not None:
+        #: The next step.
+        self.step = self.session.start_step()
+        if state is not None and not self.session.needs_snapshot():
             arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
             self.session.import_state(step, update, arrays)
         self.rank = self.session.rank()
@@ -164,6 +167,7 @@ class Exchange:
         outcome = self.session.finish()
         with self._lock:
             self.summary.add(outcome)
+            self.step = outcome.step + 1
         results = list(results)
         if outcome.skipped:
             for _, tensor in results:

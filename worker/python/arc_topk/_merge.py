@@ -13,6 +13,20 @@ _SHARED = "global"
 _RESIDUAL = "residual"
 
 
+def joined_state(template: dict[str, Any], shared: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Feedback arrays of a worker that joins a running job: nothing pending, and estimates that are those of all."""
+    arrays = {}
+    for name, like in template["arrays"].items():
+        kind, _, tensor = name.partition("/")
+        arrays[name] = torch.zeros_like(like) if kind == _RESIDUAL else shared[f"{_SHARED}/{tensor}"]
+    return arrays
+
+
+def shared_arrays(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """The feedback arrays that are equal on all workers."""
+    return {name: values for name, values in state["arrays"].items() if name.startswith(f"{_SHARED}/")}
+
+
 def merge_states(states: Sequence[dict[str, Any]], rank: int, world_size: int) -> dict[str, Any]:
     """What worker ``rank`` of ``world_size`` goes on from, where ``states`` are what all workers of the job before saved.
 

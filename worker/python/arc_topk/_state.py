@@ -48,6 +48,7 @@ def open_exchange(
     *,
     trainer: str = "",
     state: Mapping[str, Any] | None = None,
+    elastic: bool = False,
 ) -> Exchange:
     """Joins the job with these tensors. A process is one worker, and has one exchange at a time."""
     global _exchange
@@ -55,7 +56,7 @@ def open_exchange(
         raise _native.ConfigError(
             "this process is a member of a job already: call arc_topk.shutdown() before it joins with other tensors"
         )
-    _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state)
+    _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state, elastic=elastic)
     return _exchange
 
 

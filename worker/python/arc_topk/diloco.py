@@ -9,9 +9,9 @@ import torch
 
 from . import _native
 from ._exchange import Exchange
+from ._replica import take
 from ._state import open_exchange
 from .config import Config
-from .optimizer import broadcast_parameters
 
 Outer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
@@ -110,8 +110,7 @@ def LocalSGD(  # noqa: N802 - it stands for a class
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     exchange = open_exchange(named, config, trainer=f"sync_every={sync_every}\n")
     parameters = [p for _, p in named]
-    if broadcast:
-        broadcast_parameters(exchange, parameters)
+    take(exchange, parameters, optimizer, broadcast)
     stepping = type(optimizer.__class__.__name__, (_Local, optimizer.__class__), {})
     wrapped = stepping.__new__(stepping)
     wrapped.__dict__.update(optimizer.__dict__)

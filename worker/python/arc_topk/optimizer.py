@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 from . import _native
 from ._exchange import Exchange, logger
+from ._replica import Donations, take
 from ._state import open_exchange
 from .config import Config
 
@@ -25,9 +25,9 @@ class _Averaging:
             # The gradients that the optimizer uses are those of its own call.
             return super().step(closure)  # type: ignore[misc]
         self._arc.synchronize()
-        if self._arc.skips():
-            return None
-        return super().step()  # type: ignore[misc]
+        result = None if self._arc.skips() else super().step()  # type: ignore[misc]
+        self._arc.donations.attend(self)  # type: ignore[arg-type]
+        return result
 
     def no_sync(self) -> Any:
         """In this context gradients only add up, as under DistributedDataParallel's ``no_sync``."""
@@ -44,6 +44,7 @@ class _Averager:
 
     def __init__(self, exchange: Exchange, parameters: list[torch.Tensor], scaler: Any | None) -> None:
         self.exchange = exchange
+        self.donations = Donations(exchange, parameters)
         self._parameters = parameters
         self._scaler = scaler
         self._syncs = True
@@ -111,12 +112,15 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     scaler: Any | None = None,
     state: Mapping[str, Any] | None = None,
     broadcast: bool = True,
+    elastic: bool = True,
     **settings: Any,
 ) -> Any:
     """The optimizer, with gradients averaged with the other workers' when ``backward()`` ends.
 
     It stays what it was (an instance of its class, with its ``state_dict``, groups and schedulers). At the start the
-    parameters of the first worker go to all others, unless ``broadcast`` is off. A group of the optimizer may have a
+    parameters of the first worker go to all others, unless ``broadcast`` is off. If the job runs already and the shards have
+    room (``--max-workers``), this worker joins it with the state of another one, unless ``elastic`` is off:
+    ``optimizer.exchange.step`` says at which step. A group of the optimizer may have a
     ``density`` of its own. ``config``, ``scaler``, ``state`` and single settings are those of :func:`arc_topk.register`.
     """
     if config is not None and settings:
@@ -141,9 +145,8 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     config = Config(**{**vars(config), "densities": densities})
     _warn_of_adam(optimizer, config)
     named = [(names[id(parameter)], parameter) for parameter in parameters]
-    exchange = open_exchange(named, config, state=state)
-    if broadcast and state is None:
-        broadcast_parameters(exchange, parameters)
+    exchange = open_exchange(named, config, state=state, elastic=elastic)
+    take(exchange, parameters, optimizer, broadcast and state is None)
     averaging = type(optimizer.__class__.__name__, (_Averaging, optimizer.__class__), {})
     wrapped = averaging.__new__(averaging)
     wrapped.__dict__.update(optimizer.__dict__)
@@ -162,18 +165,3 @@ def _warn_of_adam(optimizer: torch.optim.Optimizer, config: Config) -> None:
             type(optimizer).__name__,
             config.density,
         )
-
-
-def broadcast_parameters(exchange: Exchange, parameters: list[torch.Tensor]) -> None:
-    """Gives all workers the values that the leader's parameters have, by way of the shards' store."""
-    store = _native.Store(exchange.native_peers())
-    run, step = exchange.session.run(), exchange.session.start_step()
-    if exchange.rank == min(exchange.session.members()):
-        blob = io.BytesIO()
-        torch.save([parameter.detach().cpu() for parameter in parameters], blob)
-        store.put(run, step, blob.getvalue())
-        return
-    values = torch.load(io.BytesIO(store.fetch(run, step)), weights_only=True)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, values, strict=True):
-            parameter.copy_(value)

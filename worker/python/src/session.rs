@@ -174,9 +174,30 @@ impl Session {
         self.with(py, |held| Ok(held.reducer.start_step().0))
     }
 
-    /// The run and step of the replica that this worker must take before its first step, because it joined a job that runs.
+    /// Whether this worker must take another one's state before its first step, because it joined a job that runs.
     fn needs_snapshot(&self, py: Python<'_>) -> PyResult<bool> {
         self.with(py, |held| Ok(held.reducer.needs_snapshot().is_some()))
+    }
+
+    /// Whether a worker that joins needs a copy of this one's state. Ask between steps, after the results were applied.
+    fn donation_due(&self, py: Python<'_>) -> PyResult<bool> {
+        self.with(py, |held| Ok(held.reducer.donation_due()))
+    }
+
+    /// A copy of the state before `step` is made and is being put into the store.
+    fn donating(&self, py: Python<'_>, step: u64) -> PyResult<()> {
+        self.with(py, |held| {
+            held.reducer.donating(Step(step));
+            Ok(())
+        })
+    }
+
+    /// The copy is in the store, or could not be put there.
+    fn donation_ended(&self, py: Python<'_>, step: u64, stored: bool) -> PyResult<()> {
+        self.with(py, |held| {
+            held.reducer.donation_ended(Step(step), stored);
+            Ok(())
+        })
     }
 
     /// Elements of a row of each tensor, in the plan's view.

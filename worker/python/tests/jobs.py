@@ -255,3 +255,36 @@ def local_diloco(rank: int, steps: int) -> dict[str, Any]:
             losses.append(float(loss_of(net, 7, 7).detach()))
     arc_topk.shutdown()
     return {"values": values(net), "losses": losses}
+
+
+def elastic(rank: int, last: int, marker: str) -> dict[str, Any]:
+    """Two workers train; a third one comes when they are under way, with other parameters, and goes on with them."""
+    import time
+    from pathlib import Path
+
+    under_way = Path(marker)
+    if rank == 2:
+        while not under_way.exists():
+            time.sleep(0.01)
+    net = model(rank)
+    optimizer: Any = arc_topk.optim.AdamW(net.parameters(), lr=0.01)
+    arc_topk.init(world_size=2)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **SPARSE)
+    first = optimizer.exchange.step
+    world = set()
+    while optimizer.exchange.step < last:
+        step = optimizer.exchange.step
+        optimizer.zero_grad()
+        loss_of(net, rank, step).backward()
+        optimizer.step()
+        if step == 5:
+            under_way.touch()
+        world.add(arc_topk.world_size())
+        # Those that are there wait for the newcomer, which needs some time to come.
+        if step == 20 and rank < 2:
+            while arc_topk.world_size() < 3:
+                time.sleep(0.01)
+                optimizer._arc.donations.attend(optimizer)
+    moments = {f"{at}/{name}": value for at, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
+    arc_topk.shutdown()
+    return {"first": first, "values": dict(net.state_dict()), "worlds": sorted(world), "moments": moments}
