@@ -73,7 +73,7 @@ python: $(VENV)/.ready ## build the Python package arc_topk and install it into 
 
 .PHONY: python-test
 python-test: python ## test the Python package with PyTorch, gloo and real shards
-	$(CARGO) build --quiet --locked -p arc-topk-ps -p arc-topk-worker --bin arc-ps --bin arc-worker
+	$(CARGO) build --quiet --locked --workspace --bins
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
 
 .PHONY: docs
