@@ -108,6 +108,7 @@ class Exchange:
         self.peers = peers
         self.summary = Summary()
         self._lock = threading.Lock()
+        self._scale = 1.0
         step, update = (0, 0) if state is None else (state["step"], state["update"])
         options = {
             "peers": peers.native(),
@@ -130,8 +131,7 @@ class Exchange:
         #: The next step.
         self.step = self.session.start_step()
         if state is not None and not self.session.needs_snapshot():
-            arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
-            self.session.import_state(step, update, arrays)
+            self.load(state)
         self.rank = self.session.rank()
         self.widths = self.session.widths()
         logger.info("joined as rank %d of %d", self.rank, self.world_size)
@@ -145,21 +145,25 @@ class Exchange:
         """Where the shards are, as the native half takes it."""
         return json.dumps(self.peers.native())
 
-    def begin(self) -> bool:
-        """Opens a step. True: it needs no gradients, since the job has closed it without this worker."""
+    def begin(self, scaler: Any | None = None) -> bool:
+        """Opens a step. True: it needs no gradients, since the job has closed it without this worker.
+
+        With a GradScaler, gradients are exchanged without its scale, and results get it back.
+        """
+        self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         return self.session.begin()
 
-    def push(self, index: int, gradient: torch.Tensor, factor: float = 1.0) -> None:
-        """Hands over a gradient, times ``factor``. It is on its way as soon as its bucket is complete."""
+    def push(self, index: int, gradient: torch.Tensor) -> None:
+        """Hands over a gradient. It is on its way as soon as its bucket is complete."""
         gradient = gradient.detach()
         if gradient.device.type != "cpu":
             gradient = gradient.to("cpu")
         if not _is_dense(gradient):
             gradient = gradient.contiguous()
-        self.session.push(index, gradient.data_ptr(), gradient.numel(), dtype_name(gradient), factor)
+        self.session.push(index, gradient.data_ptr(), gradient.numel(), dtype_name(gradient), 1.0 / self._scale)
 
-    def finish(self, results: Iterable[tuple[int, torch.Tensor]], factor: float = 1.0) -> _native.Outcome:
-        """Waits for the step, and writes the means, times ``factor``, to these tensors.
+    def finish(self, results: Iterable[tuple[int, torch.Tensor]]) -> _native.Outcome:
+        """Waits for the step, and writes the means to these tensors.
 
         After a step that all workers skip, because some gradient was not finite, they hold NaN instead, as dense averaging
         would have it: a GradScaler skips the optimizer's step.
@@ -181,7 +185,7 @@ class Exchange:
                 target = torch.empty(tensor.shape, dtype=tensor.dtype)
                 staged.append((tensor, target))
             targets.append((index, target.data_ptr(), target.numel(), dtype_name(target)))
-        self.session.results(targets, factor)
+        self.session.results(targets, self._scale)
         for tensor, target in staged:
             tensor.copy_(target)
         self._judge()
@@ -199,6 +203,11 @@ class Exchange:
         step, update, arrays = self.session.export_state()
         tensors = {name: _to_tensor(values) for name, values in arrays}
         return {"step": step, "update": update, "arrays": tensors}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """Goes on from what :meth:`state_dict` gave. Before the first step only."""
+        arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
+        self.session.import_state(state["step"], state["update"], arrays)
 
     def leave(self) -> None:
         """Leaves the job in order."""

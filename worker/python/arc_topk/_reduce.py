@@ -34,9 +34,7 @@ def all_reduce(
     from . import _state
 
     if _own is None or _state._exchange is not _own[0]:
-        if config is not None and settings:
-            raise _native.ConfigError("give either a config or single settings, not both")
-        _own = (open_exchange(named, config or Config(**settings)), shapes)
+        _own = (open_exchange(named, Config.of(config, settings)), shapes)
     exchange, known = _own
     if shapes != known:
         raise _native.ConfigError(

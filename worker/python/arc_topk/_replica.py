@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import _native
-from ._exchange import Exchange, _to_bytes, logger
+from ._exchange import Exchange, logger
 from ._merge import joined_state, shared_arrays
 
 # Between a donation that failed and the next attempt.
@@ -43,10 +43,7 @@ def unpack(
     if not joins:
         return
     optimizer.load_state_dict(replica["optimizer"])
-    arrays = joined_state(exchange.state_dict(), replica["shared"])
-    exchange.session.import_state(
-        replica["step"], replica["update"], [(name, _to_bytes(values)) for name, values in arrays.items()]
-    )
+    exchange.load(replica | {"arrays": joined_state(exchange.state_dict(), replica["shared"])})
 
 
 def take(exchange: Exchange, parameters: list[torch.Tensor], optimizer: torch.optim.Optimizer, broadcast: bool) -> None:

@@ -7,6 +7,7 @@ import fnmatch
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from ._native import ConfigError
 
@@ -66,6 +67,13 @@ class Config:
     seed: int = 0
     #: Gradients that travel together, bytes of f32.
     bucket_bytes: int = 25 << 20
+
+    @classmethod
+    def of(cls, config: Config | None, settings: Mapping[str, Any]) -> Config:
+        """The config that was given, or the one of these settings."""
+        if config is not None and settings:
+            raise ConfigError("give either a config or single settings, not both")
+        return config or cls(**settings)
 
     def algorithm(self) -> dict[str, object]:
         """As the native half takes it."""

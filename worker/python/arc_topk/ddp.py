@@ -25,13 +25,11 @@ class Hook:
         self._open = False
         self._waiting: list[tuple[Any, torch.Tensor]] = []
         self._results: list[tuple[int, torch.Tensor]] = []
-        self._factor = 1.0
 
     def __call__(self, bucket: Any) -> Any:
         # Future[Tensor]; the types exist only where torch.distributed does.
         if not self._open:
-            self._factor = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-            self.exchange.begin()
+            self.exchange.begin(self._scaler)
             self._open = True
         for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
             index = self.exchange.index.get(id(parameter))
@@ -40,24 +38,21 @@ class Hook:
                 raise _native.ConfigError(
                     f"{name} had no gradient when the hook was registered: register after freezing and unfreezing, on all workers alike"
                 )
-            self.exchange.push(index, gradient, 1.0 / self._factor)
+            self.exchange.push(index, gradient)
             self._results.append((index, gradient))
         future: Any = torch.futures.Future()
         self._waiting.append((future, bucket.buffer()))
         if bucket.is_last():
-            waiting, results, factor = self._waiting, self._results, self._factor
+            waiting, results = self._waiting, self._results
             self._open, self._waiting, self._results = False, [], []
             # Backward may go on meanwhile: it waits for the futures at its end.
-            threading.Thread(
-                target=self._finish, args=(waiting, results, factor), name="arc-finish", daemon=True
-            ).start()
+            finishing = threading.Thread(target=self._finish, args=(waiting, results), name="arc-finish", daemon=True)
+            finishing.start()
         return future
 
-    def _finish(
-        self, waiting: list[tuple[Any, torch.Tensor]], results: list[tuple[int, torch.Tensor]], factor: float
-    ) -> None:
+    def _finish(self, waiting: list[tuple[Any, torch.Tensor]], results: list[tuple[int, torch.Tensor]]) -> None:
         try:
-            self.exchange.finish(results, factor)
+            self.exchange.finish(results)
         except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
             for future, _ in waiting:
                 future.set_exception(error)
@@ -91,9 +86,7 @@ def register(
         raise _native.ConfigError(
             f"{type(model).__name__} is no DistributedDataParallel: wrap the model, or use arc_topk.DistributedOptimizer"
         )
-    if config is not None and settings:
-        raise _native.ConfigError("give either a config or single settings, not both")
-    config = config or Config(**settings)
+    config = Config.of(config, settings)
     module = model.module
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     exchange = open_exchange(named, config, state=state)

@@ -12,6 +12,7 @@ from ._exchange import Exchange
 from ._replica import take
 from ._state import open_exchange
 from .config import Config
+from .optimizer import extended
 
 Outer = Callable[[list[torch.Tensor]], torch.optim.Optimizer]
 
@@ -103,16 +104,12 @@ def LocalSGD(  # noqa: N802 - it stands for a class
     """
     if sync_every < 1:
         raise _native.ConfigError(f"sync_every is {sync_every}: it is a number of steps, at least 1")
-    if config is not None and settings:
-        raise _native.ConfigError("give either a config or single settings, not both")
-    # A warm-up of dense rounds would be thousands of steps here.
-    config = config or Config(**({"warmup_updates": 1} | settings))
+    # A warm-up of as many dense rounds as usual would be thousands of steps here.
+    config = Config.of(config, settings if config is not None else {"warmup_updates": 1} | settings)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
     exchange = open_exchange(named, config, trainer=f"sync_every={sync_every}\n")
     parameters = [p for _, p in named]
     take(exchange, parameters, optimizer, broadcast)
-    stepping = type(optimizer.__class__.__name__, (_Local, optimizer.__class__), {})
-    wrapped = stepping.__new__(stepping)
-    wrapped.__dict__.update(optimizer.__dict__)
+    wrapped = extended(optimizer, _Local)
     wrapped._arc_local = _Averager(exchange, parameters, sync_every, outer or nesterov(config.density))
     return wrapped

@@ -39,6 +39,14 @@ class _Averaging:
         return self._arc.exchange
 
 
+def extended(optimizer: torch.optim.Optimizer, more: type) -> Any:
+    """The optimizer, state and all, as one of its own class with ``more`` before it."""
+    both = type(optimizer.__class__.__name__, (more, optimizer.__class__), {})
+    wrapped = both.__new__(both)
+    wrapped.__dict__.update(optimizer.__dict__)
+    return wrapped
+
+
 class _Averager:
     """Pushes gradients as backward makes them, and puts the means in their place when it ends."""
 
@@ -50,7 +58,6 @@ class _Averager:
         self._syncs = True
         self._open = False
         self._skipped = False
-        self._factor = 1.0
         self._pushed: set[int] = set()
         for parameter in parameters:
             parameter.register_post_accumulate_grad_hook(self._came)
@@ -59,8 +66,7 @@ class _Averager:
         if not self._syncs:
             return
         if not self._open:
-            self._factor = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-            self.exchange.begin()
+            self.exchange.begin(self._scaler)
             self._open = True
             self._pushed = set()
             # At the end of this backward pass, as DistributedDataParallel does it.
@@ -73,7 +79,7 @@ class _Averager:
             )
         assert parameter.grad is not None
         self._pushed.add(index)
-        self.exchange.push(index, parameter.grad, 1.0 / self._factor)
+        self.exchange.push(index, parameter.grad)
 
     def synchronize(self) -> None:
         """Waits for the means of the gradients that were pushed."""
@@ -86,7 +92,7 @@ class _Averager:
                 # Unused here; others may have used it.
                 parameter.grad = torch.zeros_like(parameter)
             results.append((self.exchange.index[id(parameter)], parameter.grad))
-        self._skipped = self.exchange.finish(results, self._factor).skipped
+        self._skipped = self.exchange.finish(results).skipped
 
     def skips(self) -> bool:
         """Whether all workers skip this step, because some gradient was not finite. Said once for each."""
@@ -123,9 +129,7 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     ``optimizer.exchange.step`` says at which step. A group of the optimizer may have a
     ``density`` of its own. ``config``, ``scaler``, ``state`` and single settings are those of :func:`arc_topk.register`.
     """
-    if config is not None and settings:
-        raise _native.ConfigError("give either a config or single settings, not both")
-    config = config or Config(**settings)
+    config = Config.of(config, settings)
     names = {id(p): name for name, p in named_parameters if p.requires_grad}
     densities = dict(config.densities)
     parameters: list[torch.Tensor] = []
@@ -147,9 +151,7 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     named = [(names[id(parameter)], parameter) for parameter in parameters]
     exchange = open_exchange(named, config, state=state, elastic=elastic)
     take(exchange, parameters, optimizer, broadcast and state is None)
-    averaging = type(optimizer.__class__.__name__, (_Averaging, optimizer.__class__), {})
-    wrapped = averaging.__new__(averaging)
-    wrapped.__dict__.update(optimizer.__dict__)
+    wrapped = extended(optimizer, _Averaging)
     wrapped._arc = _Averager(exchange, parameters, scaler)
     return wrapped
 
