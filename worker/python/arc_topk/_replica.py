@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import threading
 import time
-from typing import Any
 
 import torch
 
