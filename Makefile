@@ -71,8 +71,13 @@ python: $(VENV)/.ready ## build the Python package arc_topk and install it into 
 	  --manifest-path worker/python/Cargo.toml --out '$(WHEELS)'
 	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --no-deps --force-reinstall '$(WHEELS)'/arc_topk-*.whl
 
+.PHONY: python-lint
+python-lint: $(VENV)/.ready ## lint the Python sources and check their types
+	cd worker/python && '$(abspath $(VENV))/bin/ruff' check --quiet --config pyproject.toml . ../data
+	cd worker/python && '$(abspath $(VENV))/bin/mypy' --no-error-summary
+
 .PHONY: python-test
-python-test: python ## test the Python package with PyTorch, gloo and real shards
+python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
 	$(CARGO) build --quiet --locked --workspace --bins
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
 

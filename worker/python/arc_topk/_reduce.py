@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _native, _state
 from ._exchange import Exchange
 from ._state import open_exchange
 from .config import Config
@@ -31,8 +31,6 @@ def all_reduce(
         (f"tensor.{at}", tensor) for at, tensor in enumerate(tensors)
     ]
     shapes = [(tuple(tensor.shape), tensor.dtype) for _, tensor in named]
-    from . import _state
-
     if _own is None or _state._exchange is not _own[0]:
         _own = (open_exchange(named, Config.of(config, settings)), shapes)
     exchange, known = _own

@@ -177,12 +177,15 @@ def _certificates(certs: str | os.PathLike[str] | None) -> tuple[str, str, str]:
     files = []
     for variable, name in (("ARC_CA", "ca.pem"), ("ARC_CERT", "cert.pem"), ("ARC_KEY", "key.pem")):
         own = _first(variable)
-        if own is None and directory is None:
+        if own is not None:
+            path = Path(own)
+        elif directory is not None:
+            path = directory / name
+        else:
             raise ConfigError(
                 f"no certificates are known ({variable} is not set either): make them with `arc-ps certs --out DIR` and "
                 "pass certs=DIR, or set ARC_CERTS"
             )
-        path = Path(own) if own is not None else directory / name
         if not path.is_file():
             raise ConfigError(f"{path} is not there: pass a directory with ca.pem, cert.pem and key.pem")
         files.append(str(path))

@@ -36,7 +36,8 @@ class Hook:
             if index is None:
                 name = self._names.get(id(parameter), "a parameter")
                 raise _native.ConfigError(
-                    f"{name} had no gradient when the hook was registered: register after freezing and unfreezing, on all workers alike"
+                    f"{name} had no gradient when the hook was registered: register after freezing and unfreezing, on all "
+                    "workers alike"
                 )
             self.exchange.push(index, gradient)
             self._results.append((index, gradient))
@@ -87,9 +88,11 @@ def register(
             f"{type(model).__name__} is no DistributedDataParallel: wrap the model, or use arc_topk.DistributedOptimizer"
         )
     config = Config.of(config, settings)
-    module = model.module
+    # What else has such a method is wrapped by DDP's rules.
+    module: Any = model.module
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
     exchange = open_exchange(named, config, state=state)
     hook = Hook(module, exchange, scaler)
-    model.register_comm_hook(hook, _ddp_hook)
+    wrapped: Any = model
+    wrapped.register_comm_hook(hook, _ddp_hook)
     return exchange

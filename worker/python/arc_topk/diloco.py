@@ -99,8 +99,8 @@ def LocalSGD(  # noqa: N802 - it stands for a class
     """The optimizer, whose steps are a worker's own; every ``sync_every`` of them the workers average what they changed.
 
     The mean change is the gradient of an outer optimizer, made by ``outer`` from a list of parameters (:func:`nesterov` by
-    default), whose result all workers go on from. Changes go through ARC-Top-K: what is not sent stays with its worker and is added to its
-    next change. For links of 100 Mbit/s and less: bytes fall by ``sync_every``, beyond what compression saves.
+    default), whose result all workers go on from. Changes go through ARC-Top-K: what is not sent stays with its worker and is
+    added to its next change. For links of 100 Mbit/s and less: bytes fall by ``sync_every``, beyond what compression saves.
     """
     if sync_every < 1:
         raise _native.ConfigError(f"sync_every is {sync_every}: it is a number of steps, at least 1")

@@ -41,7 +41,7 @@ class _Averaging:
 
 def extended(optimizer: torch.optim.Optimizer, more: type) -> Any:
     """The optimizer, state and all, as one of its own class with ``more`` before it."""
-    both = type(optimizer.__class__.__name__, (more, optimizer.__class__), {})
+    both: Any = type(optimizer.__class__.__name__, (more, optimizer.__class__), {})
     wrapped = both.__new__(both)
     wrapped.__dict__.update(optimizer.__dict__)
     return wrapped

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,9 +15,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 
-DENSE = {"compressor": "dense", "wire_dense": "f32"}
+DENSE: dict[str, Any] = {"compressor": "dense", "wire_dense": "f32"}
 # Everything travels, and nothing is rounded on the way.
-LOSSLESS = {
+LOSSLESS: dict[str, Any] = {
     "density": 1.0,
     "warmup_updates": 0,
     "wire_up": "f32",
@@ -59,7 +62,7 @@ def ddp(rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float
     """Parameters after some steps; ``settings`` of None: DDP's own averaging."""
     with process_group():
         net = model()
-        wrapped = DistributedDataParallel(net, bucket_cap_mb=bucket_mb)
+        wrapped: nn.Module = DistributedDataParallel(net, bucket_cap_mb=bucket_mb)
         if settings is not None:
             arc_topk.register(wrapped, **settings)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -109,7 +112,7 @@ def accumulated(rank: int, form: str, passes: int) -> list[torch.Tensor]:
         if form == "ddp":
             net_or_ddp: nn.Module = DistributedDataParallel(net)
             arc_topk.register(net_or_ddp, **LOSSLESS)
-            no_sync = net_or_ddp.no_sync
+            no_sync: Any = net_or_ddp.no_sync
         else:
             net_or_ddp = net
             optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **LOSSLESS)
@@ -129,7 +132,7 @@ def overflow(rank: int, form: str) -> dict[str, Any]:
     with process_group() if form == "ddp" else contextlib.nullcontext():
         net = model()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+        scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         if form == "ddp":
             net_or_ddp: nn.Module = DistributedDataParallel(net)
             exchange = arc_topk.register(net_or_ddp, scaler=scaler, **SPARSE)
@@ -164,7 +167,7 @@ def caught_up(rank: int, steps: int) -> dict[str, Any]:
     settings = SPARSE | {"warmup_updates": 2}
     optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     fresh, losses = [], []
-    for step in range(steps):
+    for _ in range(steps):
         optimizer.zero_grad()
         loss = loss_of(net, rank, 0)
         loss.backward()
@@ -219,8 +222,6 @@ def at_home(steps: int) -> tuple[int, int, float]:
 
 def fails_at_home() -> float:
     """One of two workers fails before it joins."""
-    import os
-
     return 1.0 / (1 - int(os.environ["RANK"]))
 
 
@@ -259,9 +260,6 @@ def local_diloco(rank: int, steps: int) -> dict[str, Any]:
 
 def elastic(rank: int, last: int, marker: str) -> dict[str, Any]:
     """Two workers train; a third one comes when they are under way, with other parameters, and goes on with them."""
-    import time
-    from pathlib import Path
-
     under_way = Path(marker)
     if rank == 2:
         while not under_way.exists():

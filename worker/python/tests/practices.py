@@ -64,7 +64,9 @@ def _wrapped(net: nn.Module, form: str, settings: dict[str, Any], **more: Any) -
     return net, arc_topk.DistributedOptimizer(optimizer, trainable, **settings)
 
 
-def _train(form: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], torch.Tensor], settings: dict[str, Any], **more: Any) -> dict[str, torch.Tensor]:
+def _train(
+    form: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], torch.Tensor], settings: dict[str, Any], **more: Any
+) -> dict[str, torch.Tensor]:
     with jobs.process_group() if form == "ddp" else contextlib.nullcontext():
         net = make()
         net_or_ddp, optimizer = _wrapped(net, form, settings, **more)
@@ -95,7 +97,8 @@ def images(rank: int, form: str, last: bool) -> dict[str, torch.Tensor]:
         inputs = torch.randn(8, 3, 8, 8, generator=generator).to(memory_format=layout)
         return net(inputs).square().mean()
 
-    return _train(form, lambda: Conv().to(memory_format=layout), loss, jobs.LOSSLESS)
+    net: Any = Conv()
+    return _train(form, lambda: net.to(memory_format=layout), loss, jobs.LOSSLESS)
 
 
 def narrow(rank: int, form: str) -> dict[str, torch.Tensor]:
@@ -113,7 +116,7 @@ def compiled(rank: int, form: str) -> dict[str, torch.Tensor]:
     with jobs.process_group() if form == "ddp" else contextlib.nullcontext():
         net = jobs.model()
         net_or_ddp, optimizer = _wrapped(net, form, jobs.LOSSLESS)
-        fast = torch.compile(net_or_ddp, backend="eager")
+        fast: Any = torch.compile(net_or_ddp, backend="eager")
         for step in range(4):
             optimizer.zero_grad()
             jobs.loss_of(fast, rank, step).backward()
@@ -126,7 +129,7 @@ def grouped(rank: int) -> dict[str, Any]:
     """Groups of the optimizer with densities of their own."""
     net = jobs.model()
     first, *others = net.parameters()
-    groups = [{"params": [first], "density": 0.5}, {"params": others}]
+    groups: list[dict[str, Any]] = [{"params": [first], "density": 0.5}, {"params": others}]
     optimizer: Any = torch.optim.SGD(groups, lr=0.05)
     optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **jobs.SPARSE)
     jobs.loss_of(net, rank, 0).backward()

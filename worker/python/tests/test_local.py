@@ -38,7 +38,7 @@ def test_a_function_becomes_a_job():
 
 
 def test_an_error_of_a_worker_is_raised():
-    with pytest.raises(arc_topk.ArcError, match="worker 1 failed:(.|\n)*ZeroDivisionError"):
+    with pytest.raises(arc_topk.ArcError, match=r"worker 1 failed:(.|\n)*ZeroDivisionError"):
         arc_topk.local(jobs.fails_at_home, workers=2, shards=1)
 
 
@@ -55,7 +55,7 @@ def test_a_script_becomes_a_job(shards, tmp_path: Path, launcher):
         binary = Path(os.environ["ARC_BIN"]) / "arc-worker"
         command = [str(binary), "local", "--workers=2", "--shards=2", "--admin=off", f"--run-dir={tmp_path / 'run'}"]
         command += ["--", sys.executable]
-    run = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=120)
+    run = subprocess.run([*command, str(script)], env=environment, capture_output=True, text=True, timeout=120, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     said = run.stdout + run.stderr
     lines = sorted({line[line.index("rank ") :] for line in said.splitlines() if "rank " in line and "digest " in line})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ def trained(make, steps: int = 20) -> list[torch.Tensor]:
 
 
 def test_where_all_rows_come_it_is_adamw():
-    settings = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
+    settings: dict[str, Any] = {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}
     ours = trained(lambda p: optim.AdamW(p, **settings))
     torchs = trained(lambda p: torch.optim.AdamW(p, **settings))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-7) for a, b in zip(ours, torchs, strict=True))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,9 +20,9 @@ def test_compression_counts_both_ways():
     assert summary.compression == 20.0
 
 
-def judged(caplog: pytest.LogCaptureFixture, config: Config, **figures: float) -> list[str]:
+def judged(caplog: pytest.LogCaptureFixture, config: Config, **figures: Any) -> list[str]:
     """What is logged once it is known whether compression pays."""
-    exchange = SimpleNamespace(config=config, summary=Summary(steps=config.warmup_updates + 100, **figures))
+    exchange: Any = SimpleNamespace(config=config, summary=Summary(steps=config.warmup_updates + 100, **figures))
     with caplog.at_level(logging.WARNING, logger="arc_topk"):
         caplog.clear()
         Exchange._judge(exchange)
@@ -40,7 +41,7 @@ def test_compression_that_does_not_pay_is_told(caplog):
 def test_plain_adam_is_told_of(caplog):
     parameters = list(jobs.model().parameters())
 
-    def told(optimizer: torch.optim.Optimizer, **settings: object) -> bool:
+    def told(optimizer: torch.optim.Optimizer, **settings: Any) -> bool:
         with caplog.at_level(logging.WARNING, logger="arc_topk"):
             caplog.clear()
             _warn_of_adam(optimizer, Config(**settings))
