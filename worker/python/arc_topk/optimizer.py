@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -20,12 +20,15 @@ class _Averaging:
 
     _arc: _Averager
 
-    def step(self, closure: Any = None) -> Any:
-        if closure is not None:
-            # The gradients that the optimizer uses are those of its own call.
-            return super().step(closure)  # type: ignore[misc]
-        self._arc.synchronize()
-        result = None if self._arc.skips() else super().step()  # type: ignore[misc]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        if closure is None:
+            self._arc.synchronize()
+            result = None if self._arc.skips() else super().step()  # type: ignore[misc]
+        else:
+            once = _Once(closure, self._arc)
+            with contextlib.suppress(_NoUpdate):
+                super().step(once)  # type: ignore[misc]
+            result = once.loss
         self._arc.donations.attend(self)  # type: ignore[arg-type]
         return result
 
@@ -39,11 +42,42 @@ class _Averaging:
         return self._arc.exchange
 
 
+class _NoUpdate(Exception):
+    """Ends the optimizer's step after its closure, before it has changed anything."""
+
+
+class _Once:
+    """The closure of one step, whose gradients are averaged when its backward ends."""
+
+    def __init__(self, closure: Callable[[], Any], averager: _Averager) -> None:
+        self._closure = closure
+        self._averager = averager
+        self._called = False
+        self.loss: Any = None
+
+    def __call__(self) -> Any:
+        if self._called:
+            raise _native.ConfigError(
+                "this optimizer calls its closure more than once a step, as LBFGS does, and decides by each worker's own loss "
+                "how often: workers would come apart. Use one that takes a step per gradient"
+            )
+        self._called = True
+        with torch.enable_grad():
+            self.loss = self._closure()
+        self._averager.synchronize()
+        if self._averager.skips():
+            raise _NoUpdate
+        return self.loss
+
+
 def extended(optimizer: torch.optim.Optimizer, more: type) -> Any:
     """The optimizer, state and all, as one of its own class with ``more`` before it."""
     both: Any = type(optimizer.__class__.__name__, (more, optimizer.__class__), {})
     wrapped = both.__new__(both)
     wrapped.__dict__.update(optimizer.__dict__)
+    if hasattr(wrapped.__dict__.get("step"), "_wrapped_by_lr_sched"):
+        # A scheduler that was made before has put its own there, which would pass by that of ``more``.
+        del wrapped.__dict__["step"]
     return wrapped
 
 
@@ -129,6 +163,11 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     ``optimizer.exchange.step`` says at which step. A group of the optimizer may have a
     ``density`` of its own. ``config``, ``scaler``, ``state`` and single settings are those of :func:`arc_topk.register`.
     """
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise _native.ConfigError(
+            "LBFGS evaluates its closure as often as each worker's own loss asks for, so that workers would come apart: use an "
+            "optimizer that takes a step per gradient"
+        )
     config = Config.of(config, settings)
     names = {id(p): name for name, p in named_parameters if p.requires_grad}
     densities = dict(config.densities)
