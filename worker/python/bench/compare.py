@@ -1,0 +1,216 @@
+"""Losses and bytes side by side: dense all-reduce, PyTorch's bf16 hook, PowerSGD, and arc at several densities and wire types.
+
+    python bench/compare.py --task text --task reviews --out runs/compare
+
+All runs of a task have equal seeds, data and steps; each method is taken at the best of three learning rates. Four workers share
+this machine, one after the other for each method, so losses and bytes say something here and times do not. Bytes are those that
+the kernel counted on loopback, headers included, as one worker's link would carry them, both ways. A run that is in the results
+file already is not made again: what was interrupted goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import multiprocessing
+import os
+import socket
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import fashion
+import gpt
+import loopback
+import reviews
+import training
+
+import arc_topk
+from arc_topk import _native
+
+#: By name: the example, three learning rates, and settings in which a run differs from the example's defaults.
+TASKS: dict[str, tuple[Any, Any, tuple[float, ...], list[str]]] = {
+    "text": (gpt.arguments, gpt.Text, (0.001, 0.002, 0.004), []),
+    "reviews": (reviews.arguments, reviews.Reviews, (3e-5, 1e-4, 3e-4), []),
+    "fashion": (fashion.arguments, fashion.Fashion, (0.001, 0.002, 0.004), []),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A way of averaging, as the table names it and as the examples take it."""
+
+    name: str
+    settings: str
+
+    @staticmethod
+    def arc(density: float, wire: str, more: str = "") -> Way:
+        kind = "AdamW" if "--plain-adam" in more else "catch-up"
+        return Way(f"arc {density:g} {wire}, {kind}", f"--method arc --density {density} --wire {wire} {more}".strip())
+
+
+WAYS = (
+    Way("all-reduce f32", "--method gloo"),
+    Way("all-reduce bf16", "--method bf16"),
+    Way("PowerSGD rank 32", "--method powersgd --rank 32"),
+    Way("PowerSGD rank 4", "--method powersgd --rank 4"),
+    Way.arc(0.4, "int4"),
+    Way.arc(0.2, "bf16"),
+    Way.arc(0.2, "int8"),
+    Way.arc(0.2, "int4"),
+    Way.arc(0.2, "int4", "--plain-adam"),
+    Way.arc(0.05, "int4"),
+    Way.arc(0.05, "int4", "--plain-adam"),
+    Way.arc(0.02, "int4"),
+)
+
+
+class Pool:
+    """Worker processes that make one run after the other: most of a process's start is importing torch."""
+
+    def __init__(self, workers: int) -> None:
+        context = multiprocessing.get_context("spawn")
+        self._links: list[Connection] = []
+        for _ in range(workers):
+            ours, theirs = context.Pipe()
+            context.Process(target=serve, args=(theirs,), daemon=True).start()
+            self._links.append(ours)
+
+    def run(self, task: str, args: argparse.Namespace) -> training.Result:
+        """One run; the first worker's result."""
+        workers = len(self._links)
+        with tempfile.TemporaryDirectory(prefix="arc-certs-") as directory:
+            shards = _native.LocalShards(directory, "compare", 2, workers)
+            try:
+                for rank, link in enumerate(self._links):
+                    link.send((self._environment(shards, rank), task, args))
+                answers = [link.recv() for link in self._links]
+            finally:
+                shards.stop()
+        for rank, (error, _) in enumerate(answers):
+            if error is not None:
+                raise RuntimeError(f"worker {rank}:\n{error}")
+        result: training.Result = answers[0][1]
+        return result
+
+    def _environment(self, shards: _native.LocalShards, rank: int) -> dict[str, str]:
+        # One port for all: the ranks are asked in turn, and the first one's is taken.
+        if rank == 0:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                self._port = str(free.getsockname()[1])
+        return {
+            "ARC_SHARD_ADDRESSES": ",".join(shards.addresses),
+            "ARC_CERTS": str(shards.certs),
+            "ARC_JOB": "compare",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": self._port,
+            "RANK": str(rank),
+            "WORLD_SIZE": str(len(self._links)),
+        }
+
+
+def serve(link: Connection) -> None:
+    """A worker process."""
+    logging.getLogger("arc_topk").setLevel(logging.ERROR)
+    while True:
+        try:
+            environment, task, args = link.recv()
+        except EOFError:
+            return
+        os.environ.update(environment)
+        arc_topk.init()
+        try:
+            link.send((None, training.train(args, TASKS[task][1])))
+        except BaseException:  # noqa: BLE001 - raised by the parent
+            link.send((traceback.format_exc(), None))
+
+
+def runs(task: str, given: Sequence[str]) -> Iterator[tuple[str, float, argparse.Namespace]]:
+    """Name of the way, learning rate and settings of each run."""
+    arguments, _, rates, own = TASKS[task]
+    for way in WAYS:
+        for rate in rates:
+            yield way.name, rate, arguments().parse_args([*own, *way.settings.split(), f"--lr={rate}", *given])
+
+
+def key(task: str, name: str, args: argparse.Namespace) -> str:
+    """What makes a run the same as another."""
+    return json.dumps([task, name, vars(args)], sort_keys=True)
+
+
+def table(task: str, results: list[dict[str, Any]]) -> str:
+    """Each way at its best rate, as Markdown."""
+    best: dict[str, dict[str, Any]] = {}
+    for result in results:
+        name = result["name"]
+        if name not in best or result["validation"]["loss"] < best[name]["validation"]["loss"]:
+            best[name] = result
+    measures = list(results[0]["validation"])
+    dense = best.get(WAYS[0].name)
+    lines = [
+        f"| {task} | " + " | ".join(measures) + " | learning rate | kB a step | fewer bytes | MB of the whole run |",
+        "|" + "---|" * (len(measures) + 5),
+    ]
+    for way in WAYS:
+        if (row := best.get(way.name)) is None:
+            continue
+        values = " | ".join(f"{row['validation'][measure]:.4f}" for measure in measures)
+        fewer = f"{dense['bytes_per_step'] / row['bytes_per_step']:.1f}" if dense else ""
+        lines.append(
+            f"| {way.name} | {values} | {row['lr']:g} | {row['bytes_per_step'] / 1e3:.1f} | {fewer} | {row['bytes'] / 1e6:.1f} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--task", action="append", choices=list(TASKS), help="may be given several times (default: text, reviews)")
+    parser.add_argument("--workers", type=int, default=4)
+    parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where results are kept (default: runs/compare)")
+    parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
+    parser.add_argument("more", nargs="*", help="settings of the examples, after --: -- --steps 50")
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    alone = loopback.isolate()
+    if not alone:
+        print("bytes are those of this machine's loopback: whatever else talks over it is counted, too", file=sys.stderr)
+    pool = None
+    for task in args.task or ["text", "reviews"]:
+        file = args.out / f"{task}.jsonl"
+        results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+        known = {result["key"] for result in results}
+        todo = list(runs(task, [f"--workers={args.workers}", *args.more]))
+        for at, (name, rate, settings) in enumerate(todo):
+            identity = key(task, name, settings)
+            if args.table or identity in known:
+                continue
+            pool = pool or Pool(args.workers)
+            begun = time.monotonic()
+            result = pool.run(task, settings)
+            row = {"key": identity, "name": name, "lr": rate, **dataclasses.asdict(result)}
+            with file.open("a") as out:
+                out.write(json.dumps(row) + "\n")
+            results.append(row)
+            print(
+                f"{task} {at + 1}/{len(todo)}: {name}, lr {rate:g}: {result.validation}, "
+                f"{result.bytes_per_step / 1e3:.1f} kB a step, {time.monotonic() - begun:.0f} s",
+                flush=True,
+            )
+        if results:
+            text = table(task, results)
+            (args.out / f"{task}.md").write_text(text)
+            print(text)
+
+
+if __name__ == "__main__":
+    main()
