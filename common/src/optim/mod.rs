@@ -22,11 +22,13 @@
 //! All updates are elementwise and [`Optimizer::norm_squared`] sums in a fixed order, so results are the same to the bit for any
 //! number of threads and any vector width. Powers are repeated multiplications, not library calls.
 
+mod in_place;
 mod kernels;
 mod state;
 #[cfg(test)]
 mod tests;
 
+pub use in_place::{AdamStep, AdamTensor, Elements, InPlaceError, catch_up_adamw};
 pub use state::OptimizerStateError;
 
 use kernels::{AdamCoefficients, adam, momentum, scale as decay, sum_of_squares};
@@ -389,20 +391,31 @@ impl Coefficients<'_> {
         if self.config.kind == OptimizerKind::Sgd {
             return momentum(x, g, first, self.config.momentum, lr, self.scale);
         }
-        let (beta1, beta2) = (f64::from(self.config.beta1), f64::from(self.config.beta2));
-        let (decay1, decay2) = (power(beta1, run.tau), power(beta2, run.tau));
-        let coefficients = AdamCoefficients {
-            grad: self.scale / run.tau as f32,
-            keep1: decay1 as f32,
-            take1: (1.0 - decay1) as f32,
-            keep2: decay2 as f32,
-            take2: (1.0 - decay2) as f32,
-            correct1: (1.0 / (1.0 - power(beta1, run.weight))) as f32,
-            correct2: (1.0 / (1.0 - power(beta2, run.weight))) as f32,
-            lr,
-            eps: self.config.eps,
-        };
+        let betas = (f64::from(self.config.beta1), f64::from(self.config.beta2));
+        let coefficients = adam_coefficients(betas, self.config.eps, lr, self.scale, run);
         adam(x, g, first, second, coefficients);
+    }
+}
+
+/// Numbers of a run's step: `lr` is the sum of its τ learning rates, `scale` multiplies the gradient.
+fn adam_coefficients(
+    (beta1, beta2): (f64, f64),
+    eps: f32,
+    lr: f32,
+    scale: f32,
+    run: &Run,
+) -> AdamCoefficients {
+    let (decay1, decay2) = (power(beta1, run.tau), power(beta2, run.tau));
+    AdamCoefficients {
+        grad: scale / run.tau as f32,
+        keep1: decay1 as f32,
+        take1: (1.0 - decay1) as f32,
+        keep2: decay2 as f32,
+        take2: (1.0 - decay2) as f32,
+        correct1: (1.0 / (1.0 - power(beta1, run.weight))) as f32,
+        correct2: (1.0 / (1.0 - power(beta2, run.weight))) as f32,
+        lr,
+        eps,
     }
 }
 
