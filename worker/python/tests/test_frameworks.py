@@ -134,10 +134,11 @@ def test_lightning_fits_twice(shards, workers, tmp_path):
     assert got[0]["steps"] == 3, "each course is a job"
 
 
-def test_no_framework_is_imported_unasked():
+def test_no_framework_is_imported_unasked(tmp_path):
     imported = subprocess.run(
         [sys.executable, "-c", "import sys, arc_topk; print(sorted({name.split('.')[0] for name in sys.modules}))"],
         check=True,
+        cwd=tmp_path,
         capture_output=True,
         text=True,
     ).stdout
