@@ -83,3 +83,19 @@ class LocalShards:
     @property
     def certs(self) -> str: ...
     def stop(self) -> None: ...
+
+# Address and elements.
+_Place = tuple[int, int]
+
+def catch_up_adamw(
+    tensors: Sequence[tuple[str, int, int, _Place, _Place, _Place, _Place, _Place, _Place, _Place | None]],
+    *,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+    rates: Sequence[float],
+    cap: int,
+    maximize: bool,
+    parallel: bool,
+) -> None:
+    """One step in place: dtype, width, step, parameter, gradient, exp_avg, exp_avg_sq, last, seen and rows of each tensor."""

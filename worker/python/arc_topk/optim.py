@@ -8,77 +8,50 @@ Where every row comes in every step it is AdamW.
 from __future__ import annotations
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 
+from . import _adamw
 from ._native import ConfigError
-from ._state import exchange_of
+from ._rows import RowAges, fresh_rows, row_width
 
+__all__ = ["AdamW", "RowAges", "fresh_rows", "row_width"]
 
-def fresh_rows(parameter: torch.Tensor) -> torch.Tensor | None:
-    """Rows of the parameter's gradient that came in the last step, ascending; ``None`` for all of them.
-
-    A row is a slice of the first dimension (or ``block_width`` elements, where the config says so). Rows that did not come
-    hold zeros under ef14. For optimizers that keep something by row; :class:`RowAges` counts the steps.
-    """
-    found = exchange_of(parameter)
-    return None if found is None else found[0].fresh_rows(found[1])
-
-
-def row_width(parameter: torch.Tensor) -> int:
-    """Elements of a row of the parameter."""
-    found = exchange_of(parameter)
-    if found is not None:
-        return found[0].widths[found[1]]
-    return parameter.numel() // parameter.shape[0] if parameter.dim() > 1 else max(1, parameter.numel())
-
-
-class RowAges:
-    """After how many steps the rows of one parameter come. Ask once in each step of the optimizer."""
-
-    def __init__(self, rows: int, cap: int) -> None:
-        self.cap = cap
-        self.steps = 0
-        self.last = torch.zeros(rows, dtype=torch.int64)
-
-    def next(self, came: torch.Tensor | None) -> torch.Tensor:
-        """Steps since each of the rows that came did so last, at most ``cap``; 1 for those that came in the last step, too."""
-        self.steps += 1
-        last = self.last if came is None else self.last[came]
-        ages = (self.steps - last).clamp(max=self.cap)
-        if came is None:
-            self.last.fill_(self.steps)
-        else:
-            self.last[came] = self.steps
-        return ages
+# How a group is computed is this optimizer's own: a checkpoint does not say it.
+_FORMS = ("foreach", "fused")
 
 
 class AdamW(torch.optim.Optimizer):
     """A drop-in for ``torch.optim.AdamW`` where gradients come by rows.
 
     ``catch_up_cap`` bounds τ: 8 bears higher learning rates at low densities, 20 learns faster at moderate ones.
+
+    ``fused``, the default, updates what lies in main memory by one native call for all tensors of a group, and the rest as
+    ``foreach`` does: tensors that came whole together, the others by their rows. With neither, every tensor is updated on its own.
+    State is the same for all of them, so that a checkpoint of one goes on with another.
     """
 
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        lr: float | torch.Tensor = 1e-3,
+        betas: tuple[float | torch.Tensor, float | torch.Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        amsgrad: bool = False,
         *,
         catch_up_cap: int = 20,
         maximize: bool = False,
         foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
     ) -> None:
-        del foreach, fused  # Rows are what is worked on together; taken so that this is a drop-in.
         checks = {
-            "lr": (lr, lr >= 0.0),
-            "betas": (betas, all(0.0 <= beta < 1.0 for beta in betas)),
+            "lr": (lr, float(lr) >= 0.0),
+            "betas": (betas, all(0.0 <= float(beta) < 1.0 for beta in betas)),
             "eps": (eps, eps > 0.0),
             "weight_decay": (weight_decay, weight_decay >= 0.0),
             "catch_up_cap": (catch_up_cap, 1 <= catch_up_cap <= 1000),
@@ -86,6 +59,13 @@ class AdamW(torch.optim.Optimizer):
         for name, (value, fits) in checks.items():
             if not fits:
                 raise ConfigError(f"{name} is {value!r}: it is out of range")
+        _refuse(
+            amsgrad=(amsgrad, "its largest second moment has no meaning for rows that come seldom"),
+            capturable=(capturable, "which rows came is known on the host: a CUDA graph cannot hold the step"),
+            differentiable=(differentiable, "the step is computed in place"),
+        )
+        if foreach and fused:
+            raise ConfigError("foreach and fused are both True: choose one of them")
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -93,13 +73,24 @@ class AdamW(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "catch_up_cap": catch_up_cap,
             "maximize": maximize,
+            "foreach": foreach,
+            "fused": fused,
             # Learning rates of the last steps, the newest first.
             "recent": None,
         }
         super().__init__(params, defaults)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        for group in self.param_groups:
+            for form in _FORMS:
+                group.setdefault(form, None)
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        forms = [{form: group[form] for form in _FORMS} for group in self.param_groups]
         super().load_state_dict(state_dict)
+        for group, form in zip(self.param_groups, forms, strict=True):
+            group.update(form)
         # torch gives all state the parameter's type; moments are kept in float32, and counts are whole.
         saved = [number for group in state_dict["param_groups"] for number in group["params"]]
         own = [parameter for group in self.param_groups for parameter in group["params"]]
@@ -111,79 +102,57 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step with the gradients that are there."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            lr = float(group["lr"])
-            recent = deque(group["recent"] or (), maxlen=group["catch_up_cap"])
-            recent.appendleft(lr)
-            group["recent"] = list(recent)
-            # Sums of the newest 1, 2, ... rates; the first ones of a run stand for those before it.
-            sums = torch.tensor([0.0, *recent], dtype=torch.float64).cumsum(0)
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._update(parameter, group, sums)
+            rule = _begun(group)
+            came = [self._came(parameter) for parameter in group["params"] if parameter.grad is not None]
+            foreach, fused = group["foreach"], group["fused"]
+            if foreach:
+                _adamw.by_foreach(rule, came)
+            elif fused or (fused is None and foreach is None):
+                _adamw.in_place(rule, came)
+            else:
+                for one in came:
+                    _adamw.by_rows(rule, one)
         return loss
 
-    def _update(self, parameter: torch.Tensor, group: dict[str, Any], sums: torch.Tensor) -> None:
-        gradient = -parameter.grad if group["maximize"] else parameter.grad
-        width = row_width(parameter)
-        rows = math.ceil(parameter.numel() / width) if parameter.numel() else 0
+    def _came(self, parameter: torch.Tensor) -> _adamw.Came:
+        gradient, width = parameter.grad, row_width(parameter)
+        assert gradient is not None
+        if gradient.is_sparse:
+            raise ConfigError("the gradient is a sparse tensor: make the embedding without sparse=True")
         state = self.state[parameter]
         if not state:
-            like = {"dtype": torch.float32, "device": parameter.device}
-            state["exp_avg"] = torch.zeros(rows, width, **like)
-            state["exp_avg_sq"] = torch.zeros(rows, width, **like)
-            state["seen"] = torch.zeros(rows, dtype=torch.int64)
-            state["last"] = torch.zeros(rows, dtype=torch.int64)
+            rows = math.ceil(parameter.numel() / width) if parameter.numel() else 0
+            for name in ("exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros(rows, width, dtype=torch.float32, device=parameter.device)
+            for name in ("seen", "last"):
+                state[name] = torch.zeros(rows, dtype=torch.int64)
             state["step"] = 0
-        came = fresh_rows(parameter)
-        ages = RowAges(rows, group["catch_up_cap"])
-        ages.steps, ages.last = state["step"], state["last"]
-        steps = ages.next(came)
-        state["step"] = ages.steps
-        parameter.mul_(1.0 - float(group["lr"]) * group["weight_decay"])
-        which: Any = slice(None) if came is None else came
-        state["seen"][which] += steps
-        values = _as_rows(parameter, rows, width)
-        fresh = _as_rows(gradient, rows, width)[which].float()
-        change = self._moments(state, which, fresh, steps, group)
-        rates = sums[steps.clamp(max=len(sums) - 1)].to(change)[:, None]
-        values[which] -= (rates * change).to(values.dtype)
-        _from_rows(parameter, values)
-
-    @staticmethod
-    def _moments(
-        state: dict[str, Any], which: Any, fresh: torch.Tensor, steps: torch.Tensor, group: dict[str, Any]
-    ) -> torch.Tensor:
-        """Moves the moments of the rows that came, and gives m̂/(√v̂+ε) of them."""
-        taus, seen = steps.double(), state["seen"][which].double()
-        mean = fresh / taus.to(fresh)[:, None]
-        averages = []
-        for name, beta, sample in (
-            ("exp_avg", group["betas"][0], mean),
-            ("exp_avg_sq", group["betas"][1], mean * mean),
-        ):
-            kept = (beta**taus).to(fresh)[:, None]
-            moved = kept * state[name][which] + (1.0 - beta**taus).to(fresh)[:, None] * sample
-            state[name][which] = moved
-            averages.append(moved / (1.0 - beta**seen).to(fresh)[:, None])
-        return averages[0] / (averages[1].sqrt() + group["eps"])
+        return _adamw.Came(parameter, gradient, state, fresh_rows(parameter), width)
 
 
-def _as_rows(tensor: torch.Tensor, rows: int, width: int) -> torch.Tensor:
-    """The elements as rows; the last one filled up with zeros, where it is short."""
-    if tensor.dim() > 1 and tensor.shape[0] == rows:
-        return tensor.reshape(rows, width)
-    flat = tensor.reshape(-1)
-    if flat.numel() != rows * width:
-        flat = torch.nn.functional.pad(flat, (0, rows * width - flat.numel()))
-    return flat.view(rows, width)
+def _refuse(**asked: tuple[bool, str]) -> None:
+    """Settings of ``torch.optim.AdamW`` that this one does not have."""
+    for name, (value, why) in asked.items():
+        if value:
+            raise ConfigError(f"{name} is not supported by catch-up AdamW: {why}")
 
 
-def _from_rows(parameter: torch.Tensor, values: torch.Tensor) -> None:
-    """Puts rows back where they are not the parameter's own memory."""
-    if values.data_ptr() != parameter.data_ptr():
-        parameter.copy_(values.reshape(-1)[: parameter.numel()].view(parameter.shape))
+def _begun(group: dict[str, Any]) -> _adamw.Rule:
+    """The rule of the step that begins, at the group's settings of now."""
+    rates = [float(group["lr"]), *(group["recent"] or ())][: group["catch_up_cap"]]
+    group["recent"] = rates
+    beta1, beta2 = group["betas"]
+    return _adamw.Rule(
+        betas=(float(beta1), float(beta2)),
+        eps=group["eps"],
+        weight_decay=group["weight_decay"],
+        rates=rates,
+        cap=group["catch_up_cap"],
+        maximize=group["maximize"],
+    )

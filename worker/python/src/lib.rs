@@ -5,6 +5,7 @@
 //! | `options` | what Python asks for, as JSON, and what is made of it |
 //! | `session` | the class `Session`: a place in a job, and its steps |
 //! | `store` | the class `Store`: replicas in the shards' snapshot store |
+//! | `optim` | the function `catch_up_adamw`: the optimizer's step on PyTorch's own memory |
 //! | `local` | the class `LocalShards`: the shards of a job on this machine |
 //! | `tensor` | the one place where addresses become slices |
 //! | `errors` | Rust's errors as Python's exceptions |
@@ -13,6 +14,7 @@
 
 mod errors;
 mod local;
+mod optim;
 mod options;
 mod session;
 mod store;
@@ -25,6 +27,8 @@ mod _native {
     use super::errors::{ArcError, ConfigError, ConnectionFailed, JobEnded, Superseded};
     #[pymodule_export]
     use super::local::LocalShards;
+    #[pymodule_export]
+    use super::optim::catch_up_adamw;
     #[pymodule_export]
     use super::session::{Outcome, Session};
     #[pymodule_export]

@@ -14,7 +14,7 @@ pub(crate) enum Element {
 }
 
 impl Element {
-    fn parse(name: &str) -> PyResult<Self> {
+    pub(crate) fn parse(name: &str) -> PyResult<Self> {
         match name {
             "float32" => Ok(Self::F32),
             "bfloat16" => Ok(Self::Bf16),
@@ -118,4 +118,88 @@ fn fill<T>(to: &mut [T], values: impl Iterator<Item = T>) {
     to.iter_mut()
         .zip(values)
         .for_each(|(to, value)| *to = value);
+}
+
+/// Some elements from an address on, as Python gives them: `(address, elements)`.
+#[derive(Clone, Copy, Debug, pyo3::FromPyObject)]
+pub(crate) struct Place(usize, usize);
+
+/// Types of which every pattern of bits is a value.
+pub(crate) trait Plain: Copy {}
+impl Plain for f32 {}
+impl Plain for bf16 {}
+impl Plain for f16 {}
+impl Plain for i64 {}
+
+/// All places that one call uses. Addresses come from Python, so that it is looked at whether what is written is there once.
+#[derive(Default)]
+pub(crate) struct Places {
+    /// Start, end, and whether it is written.
+    spans: Vec<(usize, usize, bool)>,
+}
+
+/// The places of a call were looked at: none that is written meets another.
+pub(crate) struct Apart(());
+
+impl Places {
+    /// A place that will be used for elements of type `T`.
+    ///
+    /// # Errors
+    /// If it cannot be one.
+    pub(crate) fn add<T: Plain>(&mut self, place: Place, written: bool) -> PyResult<()> {
+        let Place(address, elements) = place;
+        let bytes = elements.checked_mul(size_of::<T>());
+        let end = bytes
+            .filter(|bytes| *bytes <= isize::MAX as usize)
+            .and_then(|bytes| address.checked_add(bytes));
+        let known = elements == 0 || address != 0 && address.is_multiple_of(align_of::<T>());
+        match end {
+            Some(end) if known => self.spans.push((address, end, written)),
+            _ => {
+                let text = format!("{elements} elements cannot be at address {address:#x}");
+                return Err(super::errors::config(text));
+            }
+        }
+        Ok(())
+    }
+
+    /// # Errors
+    /// If a place that is written meets another.
+    pub(crate) fn apart(mut self) -> PyResult<Apart> {
+        self.spans.retain(|(start, end, _)| start < end);
+        self.spans.sort_unstable();
+        // Ends of what is read, and of what is written, so far.
+        let (mut read, mut wrote) = (0, 0);
+        for (start, end, written) in self.spans {
+            if start < wrote || written && start < read {
+                return Err(super::errors::config(
+                    "tensors of the optimizer share memory: give each parameter, gradient and moment its own",
+                ));
+            }
+            let furthest = if written { &mut wrote } else { &mut read };
+            *furthest = end.max(*furthest);
+        }
+        Ok(Apart(()))
+    }
+}
+
+impl Place {
+    /// Its elements. Only for a place that was [added](Places::add) as one of `T`, and of a tensor that is held during the call.
+    pub(crate) fn read<'a, T: Plain>(self, _: &'a Apart) -> &'a [T] {
+        if self.1 == 0 {
+            return &[];
+        }
+        // SAFETY: the caller's tensor is there during the call, which its Python half sees to; alignment and length were
+        // checked by `add`, that nothing writes to it by `apart`, and every pattern of bits is a `T`.
+        unsafe { std::slice::from_raw_parts(self.0 as *const T, self.1) }
+    }
+
+    /// Its elements, to be written; as above, for one that was added as written, and asked for once.
+    pub(crate) fn write<'a, T: Plain>(self, _: &'a Apart) -> &'a mut [T] {
+        if self.1 == 0 {
+            return &mut [];
+        }
+        // SAFETY: as above; `apart` saw that no other place of the call meets it.
+        unsafe { std::slice::from_raw_parts_mut(self.0 as *mut T, self.1) }
+    }
 }
