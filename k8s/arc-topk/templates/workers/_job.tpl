@@ -23,6 +23,8 @@ podFailurePolicy:
           status: "True"
     {{- with $pool.job.failOnExitCodes }}
     - action: FailJob
+      # Kubernetes 1.28 misses the field, though it needs nothing in it.
+      onPodConditions: []
       onExitCodes:
         containerName: worker
         operator: In
