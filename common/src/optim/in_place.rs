@@ -2,7 +2,7 @@
 //!
 //! The rule, and the loops, are those of [`Optimizer`](super::Optimizer); who has tensors of his own need not copy them.
 
-use super::kernels::{AdamCoefficients, adam, scale as decay};
+use super::kernels::{AdamCoefficients, adam, narrow, scale as decay, widen};
 use super::{CHUNK, Run, adam_coefficients};
 use core::ops::Range;
 use half::slice::HalfFloatSliceExt;
@@ -353,34 +353,35 @@ impl Stored for f32 {
 
 impl Stored for bf16 {
     fn with(x: &mut [Self], g: &[Self], f: impl FnMut(Range<usize>, &mut [f32], &[f32])) {
-        widened(x, g, f);
+        widened(x, g, widen, narrow, f);
     }
 }
 
 impl Stored for f16 {
     fn with(x: &mut [Self], g: &[Self], f: impl FnMut(Range<usize>, &mut [f32], &[f32])) {
-        widened(x, g, f);
+        let widen = |from: &[Self], to: &mut [f32]| from.convert_to_f32_slice(to);
+        let narrow = |from: &[f32], to: &mut [Self]| to.convert_from_f32_slice(from);
+        widened(x, g, widen, narrow, f);
     }
 }
 
-fn widened<T>(x: &mut [T], g: &[T], mut f: impl FnMut(Range<usize>, &mut [f32], &[f32]))
-where
-    [T]: HalfFloatSliceExt,
-{
+fn widened<T>(
+    x: &mut [T],
+    g: &[T],
+    widen: impl Fn(&[T], &mut [f32]),
+    narrow: impl Fn(&[f32], &mut [T]),
+    mut f: impl FnMut(Range<usize>, &mut [f32], &[f32]),
+) {
     let (mut wide_x, mut wide_g) = ([0f32; BLOCK], [0f32; BLOCK]);
     for (index, x) in x.chunks_mut(BLOCK).enumerate() {
         let at = index * BLOCK..index * BLOCK + x.len();
         let wide_x = &mut wide_x[..x.len()];
-        x.convert_to_f32_slice(wide_x);
-        let wide_g = match g.get(at.clone()) {
-            Some(g) => {
-                let wide_g = &mut wide_g[..g.len()];
-                g.convert_to_f32_slice(wide_g);
-                &*wide_g
-            }
-            None => &[],
-        };
+        widen(x, wide_x);
+        // None where there is only decay.
+        let g = g.get(at.clone()).unwrap_or_default();
+        let wide_g = &mut wide_g[..g.len()];
+        widen(g, wide_g);
         f(at, wide_x, wide_g);
-        x.convert_from_f32_slice(wide_x);
+        narrow(wide_x, x);
     }
 }

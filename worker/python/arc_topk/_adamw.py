@@ -53,8 +53,10 @@ class Came:
 
 def in_place(rule: Rule, tensors: list[Came]) -> None:
     """In one native call, without the interpreter's lock. What it cannot work on goes to :func:`by_foreach`."""
-    own = [came for came in tensors if _is_native(came)]
-    others = [came for came in tensors if not _is_native(came)]
+    own: list[Came] = []
+    others: list[Came] = []
+    for came in tensors:
+        (own if _is_native(came) else others).append(came)
     if own:
         # They must live as long as the call.
         held = [(_like(came.gradient, came.parameter), None if came.rows is None else came.rows.contiguous()) for came in own]
