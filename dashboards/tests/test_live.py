@@ -29,11 +29,24 @@ class Watched(NamedTuple):
     end: float
 
 
+def slow_down(job: Job) -> None:
+    """Rounds close without worker 1, until it is called a straggler."""
+    job.signal("worker-1", signal.SIGSTOP)
+    job.await_value("shard-0", 'arc_persistent_straggler{rank="1"}', 1)
+    # Long enough to be scraped.
+    time.sleep(1)
+    job.signal("worker-1", signal.SIGCONT)
+    job.await_steps("worker-1", 5)
+
+
 def disturb(job: Job) -> None:
     """All that a job may suffer, once."""
+    slow_down(job)
     job.worker("worker-3")
     # One with other settings is refused.
     job.worker("refused", "--density=0.3")
+    # Frames that shards delay come too late now and then.
+    job.await_value("shard-0", "arc_lateness_seconds_count", 5)
     # One that is lost, and comes back.
     job.signal("worker-2", signal.SIGSTOP)
     job.await_value("shard-0", "arc_members_away", 1)
