@@ -14,7 +14,7 @@ use bytes::Bytes;
 use net::{Job, transport};
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 const RUN: RunId = RunId([7; 16]);
 
@@ -183,6 +183,7 @@ fn a_snapshot_is_stored_on_three_shards_and_comes_back() {
     assert_eq!(steps, [30, 20]);
     let status = shards.job.servers[0].store_status();
     assert_eq!(status.snapshots.len(), 2);
+    assert!(status.snapshots.iter().all(|one| one.age_seconds.is_some()));
     assert!(
         shards.job.servers[0]
             .metrics()
@@ -198,9 +199,19 @@ fn shards_find_their_files_again() {
     let mut shards = Shards::start(3);
     store(&shards.client(), 10, 2);
     let before = store(&shards.client(), 20, 2);
+    // An hour passes.
+    for file in shards.files(0) {
+        let file = fs::File::options().write(true).open(file).unwrap();
+        file.set_modified(SystemTime::now() - Duration::from_secs(3600))
+            .unwrap();
+    }
     shards.restart(3);
     let client = shards.client();
     check_newest(&client, 20, 2);
+    let status = shards.job.servers[0].store_status();
+    let ages: Vec<_> = status.snapshots.iter().map(|one| one.age_seconds).collect();
+    assert_eq!(ages.len(), 2);
+    assert!(ages.iter().all(|age| *age >= Some(3600)), "{ages:?}");
     assert_eq!(client.newest().unwrap().unwrap().manifest, before);
     store(&client, 30, 2);
     check_newest(&client, 30, 2);

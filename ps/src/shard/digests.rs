@@ -60,6 +60,12 @@ impl Digests {
         self.0.values().map(|of| of.digests.len()).sum()
     }
 
+    /// The newest step before which they were compared.
+    pub(super) fn compared(&self) -> Option<Step> {
+        let mut compared = self.0.iter().rev().filter(|(_, of)| of.compared);
+        compared.next().map(|(step, _)| *step)
+    }
+
     /// Takes one; each rank has one for each step. Who differs, if that is news: once those of all that are `wanted` are
     /// there, or no more can be waited for, and when a late one changes it.
     fn take(

@@ -43,6 +43,10 @@ pub struct Status {
     pub stage: Stage,
     /// Workers that make the job complete.
     pub world: u16,
+    /// As many may be in it.
+    pub max_workers: u16,
+    /// As many are in it now: those that are away for a moment counted, those that wait for a place not.
+    pub members_now: u16,
     /// Fewer end it.
     pub min_workers: u16,
     /// Membership's version.
@@ -65,6 +69,8 @@ pub struct Status {
     pub captured_energy: Option<f32>,
     /// Share of the compressible elements that travelled, newest round.
     pub density: Option<f32>,
+    /// The parameters of all workers were compared before this step last; `None`: not in this job (shard 0 alone compares).
+    pub digests_compared: Option<Step>,
     /// Training loss, mean over the workers that reported the step.
     pub loss: Vec<LossPoint>,
     /// What happened lately, oldest first.
@@ -388,6 +394,8 @@ impl Shard {
                 Some(Life::Running) => Stage::Running,
             },
             world: self.config.world,
+            max_workers: self.config.max_workers.max(self.config.world),
+            members_now: job.map_or(0, |job| job.members.count() as u16),
             min_workers: self.config.min_workers,
             epoch: job.map_or(Epoch(0), |job| job.members.epoch),
             step: job.map_or(Step(0), |job| job.rounds.step()),
@@ -399,6 +407,7 @@ impl Shard {
             totals: self.board.totals,
             captured_energy: self.board.captured_energy,
             density: self.board.density,
+            digests_compared: job.and_then(|job| job.digests.compared()),
             loss: self.board.loss.all(),
             journal: self.board.journal.iter().cloned().collect(),
         }

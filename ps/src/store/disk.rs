@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 use std::fs::{self, File, TryLockError};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
+use std::time::SystemTime;
 
 const LOCK_FILE: &str = "lock";
 const MANIFEST_FILE: &str = "manifest";
@@ -212,6 +213,13 @@ impl Disk {
         });
         written.map_err(failed("write", &path))?;
         self.place(temporary, &self.manifest_path(manifest.snapshot))
+    }
+
+    /// When a snapshot's manifest was written here.
+    #[must_use]
+    pub fn committed_at(&self, snapshot: SnapshotId) -> Option<SystemTime> {
+        let manifest = fs::metadata(self.manifest_path(snapshot)).ok()?;
+        manifest.modified().ok()
     }
 
     fn place(&self, mut temporary: Temporary, path: &Path) -> Result<(), DiskError> {

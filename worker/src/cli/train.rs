@@ -329,6 +329,13 @@ fn note_event(event: &NetEvent, metrics: &WorkerMetrics) {
 
 fn log_event(event: &NetEvent) {
     match event {
+        NetEvent::Waiting { joined, world } if joined > world => {
+            tracing::warn!(
+                joined,
+                most = world,
+                "the job is full: this worker waits until another one leaves; raise --max-workers of all shards for more"
+            )
+        }
         NetEvent::Waiting { joined, world } => {
             tracing::info!(
                 joined,

@@ -25,6 +25,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::SystemTime;
 use tokio::sync::watch;
 use tokio::task::spawn_blocking;
 
@@ -72,15 +73,25 @@ struct Held {
     index: Index,
     /// Without a directory: the bytes of all pieces.
     memory: BTreeMap<(SnapshotId, PieceKey), Blocks>,
+    /// When snapshots were committed here.
+    committed: BTreeMap<SnapshotId, SystemTime>,
 }
 
 impl Held {
+    fn age(&self, snapshot: SnapshotId) -> Option<u64> {
+        let since = self.committed.get(&snapshot)?.elapsed();
+        // A clock that was set back makes it new.
+        Some(since.unwrap_or_default().as_secs())
+    }
+
     fn forget(&mut self, removals: &Removals) {
         let gone = |(snapshot, key): &(SnapshotId, PieceKey)| {
             removals.snapshots.contains(snapshot) || removals.pieces.contains(&(*snapshot, *key))
         };
         if !removals.is_empty() {
             self.memory.retain(|at, _| !gone(at));
+            self.committed
+                .retain(|snapshot, _| !removals.snapshots.contains(snapshot));
         }
     }
 }
@@ -113,6 +124,7 @@ impl Store {
             held: Mutex::new(Held {
                 index: Index::new(&options),
                 memory: BTreeMap::new(),
+                committed: BTreeMap::new(),
             }),
             disk,
             options,
@@ -143,7 +155,12 @@ impl Store {
                     "the snapshot store has a snapshot"
                 );
             }
-            lock(&self.held).index = index;
+            let whole = listing.iter().filter(|held| held.manifest.is_some());
+            let times =
+                whole.filter_map(|held| Some((held.snapshot, disk.committed_at(held.snapshot)?)));
+            let mut held = lock(&self.held);
+            held.committed = times.collect();
+            held.index = index;
         }
         self.ready.send_replace(true);
     }
@@ -229,6 +246,7 @@ impl Store {
         let id = manifest.snapshot;
         let mut held = lock(&self.held);
         let removals = held.index.commit(manifest)?;
+        held.committed.insert(id, SystemTime::now());
         held.forget(&removals);
         drop(held);
         drop(one_at_a_time);
@@ -298,6 +316,7 @@ impl Store {
                 step: snapshot.snapshot.step.0,
                 run: snapshot.snapshot.run.to_string(),
                 committed: snapshot.manifest.is_some(),
+                age_seconds: held.age(snapshot.snapshot),
                 update: snapshot.manifest.as_ref().map(|manifest| manifest.update),
                 ranks: snapshot.manifest.as_ref().map(|m| m.ranks().count()),
                 pieces: snapshot.pieces.len(),
@@ -344,6 +363,8 @@ pub struct SnapshotStatus {
     pub run: String,
     /// Whether a job can go on from it, as far as this shard knows.
     pub committed: bool,
+    /// Seconds since it was committed here, by this machine's clock.
+    pub age_seconds: Option<u64>,
     /// Next update, once committed.
     pub update: Option<u64>,
     /// Workers whose state belongs to it, once committed.

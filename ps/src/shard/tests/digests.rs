@@ -30,9 +30,12 @@ fn differ(step: u64, ranks: &[u16]) -> Control {
 #[test]
 fn the_same_everywhere_is_no_news() {
     let mut bench = stepped(true);
+    let compared = |bench: &Bench| bench.shard.status(bench.now).digests_compared;
     for session in [2, 0, 1] {
+        assert_eq!(compared(&bench), None);
         assert_eq!(digest(&mut bench, session, 4, 7), []);
     }
+    assert_eq!(compared(&bench), Some(Step(4)));
 }
 
 #[test]

@@ -47,6 +47,11 @@ fn a_joiner_gets_the_next_rank_with_a_donors_snapshot_and_catches_up() {
         world: 3,
     };
     assert_eq!(messages(&actions), [(7, waiting), (0, Control::Donate)]);
+    let numbers = |bench: &Bench| {
+        let status = bench.shard.status(bench.now);
+        (status.world, status.max_workers, status.members_now)
+    };
+    assert_eq!(numbers(&bench), (2, 3, 2));
     assert_eq!(asked(&bench.handle(Event::Tick)), NOBODY, "asked once");
     steps(&mut bench, &[0, 1], 5..6);
     bench.control(0, Control::Donating { step: Step(6) });
@@ -67,6 +72,7 @@ fn a_joiner_gets_the_next_rank_with_a_donors_snapshot_and_catches_up() {
         snapshot: true,
     };
     assert_eq!(welcomes(&actions), [(7, welcome)]);
+    assert_eq!(numbers(&bench), (2, 3, 3));
     let told: Vec<_> = messages(&actions).iter().map(|m| m.0).collect();
     assert_eq!(told, [7, 0, 1, 7], "all are told of it");
     assert!(actions.contains(&Action::Observe(Observation::JoinedLater {
