@@ -54,9 +54,9 @@ def table() -> str:
     text = VALUES.read_text()
     node = yaml.compose(text)
     assert isinstance(node, yaml.MappingNode)
+    cells = [(f"`{key}`", default, what) for key, default, what in rows(node, text.splitlines())]
     lines = ["| key | default | what it is |", "|---|---|---|"]
-    for cells in rows(node, text.splitlines()):
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in (f"`{cells[0]}`", *cells[1:])) + " |")
+    lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
 
 

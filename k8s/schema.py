@@ -33,7 +33,8 @@ SETTING = {"type": ["string", "number", "boolean", "null"]}
 
 def settings(group: str) -> list[str]:
     """Names of the settings in a group, as the programs' sources have them."""
-    file, start = {"algorithm": ("algorithm.rs", ""), "trainer": ("train.rs", ""), "connection": ("process.rs", "pub struct PeerArgs")}[group]
+    sources = {"algorithm": ("algorithm.rs", ""), "trainer": ("train.rs", ""), "connection": ("process.rs", "pub struct PeerArgs")}
+    file, start = sources[group]
     text = (CONFIG / file).read_text()
     text = text[text.index(start) :]
     if start:
@@ -46,8 +47,7 @@ def settings(group: str) -> list[str]:
 def kubernetes() -> dict[str, Any]:
     """Kubernetes' types of the newest version, by their full names."""
     version = latest_version()
-    defs = schema_contents(f"kubernetes-json-schema/v{version}-local-strict/_definitions.json", version)["$defs"]
-    assert isinstance(defs, dict)
+    defs: dict[str, Any] = schema_contents(f"kubernetes-json-schema/v{version}-local-strict/_definitions.json", version)["$defs"]
     return defs
 
 
@@ -63,7 +63,8 @@ class Schema:
         """Schema of the value at `path`."""
         if path in self.rules:
             self.unused.discard(path)
-            return self.resolved(self.rules[path])
+            own: dict[str, Any] = self.resolved(self.rules[path])
+            return own
         if isinstance(default, dict) and default:
             inner = {key: self.of(f"{path}.{key}" if path else key, value) for key, value in default.items()}
             return {"type": "object", "additionalProperties": False, "properties": inner}
@@ -83,7 +84,7 @@ class Schema:
             return rule
         if "settings" in rule:
             names = settings(rule["settings"])
-            return {"type": "object", "additionalProperties": False, "properties": {name: SETTING for name in names}}
+            return {"type": "object", "additionalProperties": False, "properties": dict.fromkeys(names, SETTING)}
         if "k8s" in rule:
             name = rule["k8s"]
             if isinstance(name, list):

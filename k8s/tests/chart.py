@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
 from tools import HELM3, HELM4, fetch
 
 TESTS = Path(__file__).resolve().parent
@@ -21,7 +22,7 @@ LOWEST, HIGHEST = "1.28", "1.37"
 Object = dict[str, Any]
 
 
-class Loader(yaml.CSafeLoader):
+class Loader(yaml.CSafeLoader):  # type: ignore[misc]
     """YAML in which a key that stands twice in a map is an error, as for the API server's strict decoding."""
 
 
@@ -30,7 +31,7 @@ def _once(loader: Loader, node: yaml.MappingNode) -> dict[Any, Any]:
     twice = {key for key in keys if keys.count(key) > 1}
     if twice:
         raise yaml.constructor.ConstructorError(None, None, f"{twice} stand twice", node.start_mark)
-    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value)))
+    return dict(zip(keys, (loader.construct_object(value, deep=True) for _, value in node.value), strict=True))
 
 
 Loader.add_constructor("tag:yaml.org,2002:map", _once)
@@ -72,7 +73,9 @@ def _parsed(text: str) -> tuple[Object, ...]:
     return tuple(document for document in yaml.load_all(text, Loader) if document)
 
 
-def objects(values: str | None = None, *sets: str, which: str = "helm3", kube: str = HIGHEST, release: str = "demo") -> list[Object]:
+def objects(
+    values: str | None = None, *sets: str, which: str = "helm3", kube: str = HIGHEST, release: str = "demo"
+) -> list[Object]:
     """The same as objects. They are shared: change none."""
     return list(_parsed(rendered(values, *sets, which=which, kube=kube, release=release)))
 

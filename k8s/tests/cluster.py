@@ -14,6 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import yaml
+
 from chart import CHART, HIGHEST, Object, helm
 
 GROUPS = {
@@ -43,7 +44,7 @@ class Cluster:
         class Handler(BaseHTTPRequestHandler):
             """Answers GET."""
 
-            def do_GET(self) -> None:  # noqa: N802
+            def do_GET(self) -> None:
                 """One request."""
                 answer = cluster.answer(urlsplit(self.path).path)
                 content = json.dumps(answer).encode()
@@ -82,7 +83,14 @@ class Cluster:
             return self.resources(version, self.groups[version])
         if path.endswith("/secrets"):
             return {"kind": "SecretList", "apiVersion": "v1", "metadata": {}, "items": []}
-        gone = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": "NotFound", "code": 404, "message": f"{path} not found"}
+        gone = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "reason": "NotFound",
+            "code": 404,
+            "message": f"{path} not found",
+        }
         return self.objects.get(path, gone)
 
     @staticmethod
@@ -95,7 +103,13 @@ class Cluster:
     def resources(version: str, kinds: list[str]) -> dict[str, Any]:
         """The kinds of a version."""
         listed = [
-            {"name": plural(kind), "singularName": kind.lower(), "kind": kind, "namespaced": kind != "Namespace", "verbs": ["get", "list"]}
+            {
+                "name": plural(kind),
+                "singularName": kind.lower(),
+                "kind": kind,
+                "namespaced": kind != "Namespace",
+                "verbs": ["get", "list"],
+            }
             for kind in kinds
         ]
         return {"kind": "APIResourceList", "apiVersion": "v1", "groupVersion": version, "resources": listed}

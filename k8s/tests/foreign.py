@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jsonschema
+
 from chart import Object
 
 

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+
 from chart import CHART, HELMS, REPOSITORY, VALUES, Object, environment, objects, of_kind, one
 from cluster import Cluster, text
 
@@ -121,7 +122,9 @@ def test_the_authority_is_replaced_in_three_upgrades(cluster: Cluster, tmp_path:
     assert data(cluster.upgrade(*rotation("finish"))) == data(cluster.upgrade()) == data(finished)
 
 
-@pytest.mark.parametrize(("stages", "says"), [(["switch"], "upgrade with prepare first"), (["prepare", "finish"], "upgrade with switch first")])
+@pytest.mark.parametrize(
+    ("stages", "says"), [(["switch"], "upgrade with prepare first"), (["prepare", "finish"], "upgrade with switch first")]
+)
 def test_no_stage_can_be_left_out(cluster: Cluster, stages: list[str], says: str) -> None:
     cluster.upgrade()
     for stage in stages[:-1]:
@@ -156,7 +159,8 @@ def test_hosts_outside_are_in_the_certificate() -> None:
 
 # With the programs themselves, where they are built.
 
-built = pytest.mark.skipif(not (BIN / "arc-ps").is_file() or not (BIN / "arc-worker").is_file(), reason="arc-ps or arc-worker is not built")
+is_built = (BIN / "arc-ps").is_file() and (BIN / "arc-worker").is_file()
+built = pytest.mark.skipif(not is_built, reason="arc-ps or arc-worker is not built")
 
 
 def write(found: list[Object], folder: Path) -> None:
@@ -179,7 +183,9 @@ def free_port(kind: socket.SocketKind) -> int:
 @contextmanager
 def shard(settings: dict[str, str]) -> Iterator[subprocess.Popen[str]]:
     """A shard with these variables, once it says that it is ready."""
-    process = subprocess.Popen([BIN / "arc-ps", "--ready-json"], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [BIN / "arc-ps", "--ready-json"], env=settings, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
     try:
         assert process.stdout is not None and process.stderr is not None
         line = process.stdout.readline()
@@ -197,7 +203,12 @@ def test_the_programs_take_what_the_chart_makes(tmp_path: Path) -> None:
     write(found, tmp_path)
     quic, admin = free_port(socket.SOCK_DGRAM), free_port(socket.SOCK_STREAM)
     for_shard = environment(one(found, "StatefulSet")["spec"]["template"]["spec"]["containers"][0])
-    for_shard |= {"ARC_LISTEN": f"127.0.0.1:{quic}", "ARC_ADMIN": f"127.0.0.1:{admin}", "ARC_CERTS": str(tmp_path / "shard"), "ARC_SHARD": "0"}
+    for_shard |= {
+        "ARC_LISTEN": f"127.0.0.1:{quic}",
+        "ARC_ADMIN": f"127.0.0.1:{admin}",
+        "ARC_CERTS": str(tmp_path / "shard"),
+        "ARC_SHARD": "0",
+    }
     job = one(found, "Job")["spec"]["template"]["spec"]["containers"][0]
     for_worker = environment(job)
     dialled = for_worker["ARC_SHARD_ADDRESSES"].rpartition(":")[0]
@@ -206,7 +217,9 @@ def test_the_programs_take_what_the_chart_makes(tmp_path: Path) -> None:
     with shard(for_shard):
         for path in ("healthz", "readyz"):
             assert urllib.request.urlopen(f"http://127.0.0.1:{admin}/{path}", timeout=5).status == 200
-        worker = subprocess.run([BIN / "arc-worker", *job["args"]], env=for_worker, capture_output=True, text=True, timeout=120, check=False)
+        worker = subprocess.run(
+            [BIN / "arc-worker", *job["args"]], env=for_worker, capture_output=True, text=True, timeout=120, check=False
+        )
         assert worker.returncode == 0, worker.stderr
         metrics = urllib.request.urlopen(f"http://127.0.0.1:{admin}/metrics", timeout=5).read().decode()
         assert re.search(r'^arc_build_info\{component="shard"', metrics, re.M)
@@ -220,7 +233,11 @@ def test_a_workers_certificate_serves_nobody(tmp_path: Path) -> None:
     quic = free_port(socket.SOCK_DGRAM)
     settings = {"ARC_LISTEN": f"127.0.0.1:{quic}", "ARC_ADMIN": "off", "ARC_WORKERS": "1", "ARC_CERTS": str(tmp_path / "worker")}
     with shard(settings):
-        dial = {"ARC_SHARD_ADDRESSES": f"127.0.0.1:{quic}", "ARC_CERTS": str(tmp_path / "worker"), "ARC_CONNECT_TIMEOUT_SECONDS": "1"}
+        dial = {
+            "ARC_SHARD_ADDRESSES": f"127.0.0.1:{quic}",
+            "ARC_CERTS": str(tmp_path / "worker"),
+            "ARC_CONNECT_TIMEOUT_SECONDS": "1",
+        }
         worker = subprocess.run([BIN / "arc-worker", "train"], env=dial, capture_output=True, text=True, timeout=60, check=False)
     assert worker.returncode == 1 and "name" in worker.stderr, worker.stderr
 

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import shutil
-import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import yaml
-from chart import CHART, TESTS
 
-sys.path.insert(0, str(TESTS.parent))
-import readme  # noqa: E402
-import schema  # noqa: E402
-import sync  # noqa: E402
+import readme
+import schema
+import sync
+from chart import CHART
 
 
 def test_dashboards_and_rules_are_those_of_the_repository() -> None:
@@ -38,10 +37,9 @@ def test_the_readme_has_all_values() -> None:
 
 
 def test_a_value_without_a_comment_is_noticed() -> None:
-    with pytest.raises(SystemExit, match="a.c has no comment"):
-        node = yaml.compose("a:\n  # -- yes\n  b: 1\n  c: 2\n")
-        assert isinstance(node, yaml.MappingNode)
-        list(readme.rows(node, "a:\n  # -- yes\n  b: 1\n  c: 2\n".splitlines()))
+    text = "a:\n  # -- yes\n  b: 1\n  c: 2\n"
+    with pytest.raises(SystemExit, match=r"a\.c has no comment"):
+        list(readme.rows(yaml.compose(text), text.splitlines()))
 
 
 def test_the_schema_is_that_of_the_values_and_the_programs_settings() -> None:
@@ -51,12 +49,15 @@ def test_the_schema_is_that_of_the_values_and_the_programs_settings() -> None:
 def test_settings_are_read_from_the_sources() -> None:
     assert {"density", "wire_up", "bucket_bytes"} <= set(schema.settings("algorithm"))
     assert {"steps", "snapshot_every", "resume", "data"} <= set(schema.settings("trainer"))
-    assert schema.settings("connection") == ["connect_timeout_seconds", "progress_timeout_seconds", "reconnect_timeout_seconds", "server_name"]
+    assert schema.settings("connection") == [
+        "connect_timeout_seconds",
+        "progress_timeout_seconds",
+        "reconnect_timeout_seconds",
+        "server_name",
+    ]
 
 
 def test_the_chart_has_the_workspaces_version() -> None:
-    import tomllib
-
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text())
     workspace = tomllib.loads((CHART.parents[1] / "Cargo.toml").read_text())["workspace"]["package"]["version"]
     assert chart["version"] == chart["appVersion"] == workspace

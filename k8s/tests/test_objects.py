@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+
 from chart import VALUES, Object, containers, objects, of_kind, pods
 
 QUANTITY = re.compile(r"^[0-9]+(\.[0-9]+)?(m|[kMGTPE]i?|Ki)?$")
@@ -51,7 +52,9 @@ def test_every_selector_chooses_pods(values: str) -> None:
     everybody = [metadata["labels"] for _, metadata, _ in pods(found)]
     for each in found:
         for where, selector in selectors(each):
-            assert any(matches(plain(selector), labels) for labels in everybody), f"{each['kind']}/{each['metadata']['name']}: {where} chooses nothing"
+            assert any(matches(plain(selector), labels) for labels in everybody), (
+                f"{each['kind']}/{each['metadata']['name']}: {where} chooses nothing"
+            )
 
 
 def test_controllers_and_services_choose_one_kind_of_pod(values: str) -> None:
@@ -76,7 +79,8 @@ def test_names_and_labels_are_such(values: str) -> None:
     for each in objects(values):
         metadata = each["metadata"]
         assert DNS_LABEL.match(metadata["name"])
-        assert (key := (each["kind"], metadata.get("namespace"), metadata["name"])) not in seen
+        key = (each["kind"], metadata.get("namespace"), metadata["name"])
+        assert key not in seen
         seen.add(key)
         for value in metadata.get("labels", {}).values():
             assert isinstance(value, str) and LABEL_VALUE.match(value)
@@ -116,15 +120,26 @@ def test_monitors_find_the_port_that_they_name(values: str) -> None:
         assert [ports.count(endpoint["port"]) for endpoint in monitor["spec"]["endpoints"]] == [1]
         assert all(monitor["spec"]["jobLabel"] in each["metadata"]["labels"] for each in services)
     for monitor in of_kind(found, "PodMonitor"):
-        chosen = [(metadata, spec) for _, metadata, spec in pods(found) if matches(monitor["spec"]["selector"]["matchLabels"], metadata["labels"])]
+        chosen = [
+            (metadata, spec)
+            for _, metadata, spec in pods(found)
+            if matches(monitor["spec"]["selector"]["matchLabels"], metadata["labels"])
+        ]
         assert chosen and all({monitor["spec"]["jobLabel"], "arc-topk/pool"} <= metadata["labels"].keys() for metadata, _ in chosen)
 
 
 def test_network_policies_open_the_ports_of_their_pods(values: str) -> None:
     found = objects(values)
     for policy in of_kind(found, "NetworkPolicy"):
-        chosen = [spec for _, metadata, spec in pods(found) if matches(policy["spec"]["podSelector"]["matchLabels"], metadata["labels"])]
-        there = {(port["containerPort"], port["protocol"]) for spec in chosen for each in spec["containers"] for port in each.get("ports", [])}
+        chosen = [
+            spec for _, metadata, spec in pods(found) if matches(policy["spec"]["podSelector"]["matchLabels"], metadata["labels"])
+        ]
+        there = {
+            (port["containerPort"], port["protocol"])
+            for spec in chosen
+            for each in spec["containers"]
+            for port in each.get("ports", [])
+        }
         opened = {(port["port"], port["protocol"]) for rule in policy["spec"]["ingress"] for port in rule.get("ports", [])}
         assert there == opened
 
@@ -159,7 +174,9 @@ def test_quantities_are_such_and_requests_fit_limits(values: str) -> None:
 def bytes_of(amount: object) -> float:
     """A quantity as a number."""
     number, unit = re.fullmatch(r"([0-9.]+)(\D*)", str(amount)).groups()  # type: ignore[union-attr]
-    scale = {"": 1, "m": 1e-3, "k": 1e3} | {u: 1000 ** (i + 1) for i, u in enumerate("kMGTPE")} | {f"{u}i": 1024 ** (i + 1) for i, u in enumerate("KMGTPE")}
+    scale: dict[str, float] = {"": 1, "m": 1e-3}
+    for power, letter in enumerate("kMGTPE", 1):
+        scale |= {letter: 1000**power, f"{letter.upper()}i": 1024**power}
     return float(number) * scale[unit]
 
 

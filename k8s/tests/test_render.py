@@ -9,6 +9,7 @@ from functools import lru_cache
 import kubernetes_validate.utils as validation
 import pytest
 import yaml
+
 from chart import CHART, HELMS, HIGHEST, LOWEST, TESTS, VALUES, Object, helm, objects, one
 from foreign import FOREIGN
 
@@ -28,12 +29,12 @@ def normal(found: list[Object]) -> list[Object]:
     kept = copy.deepcopy(found)
     for each in kept:
         if each["kind"] == "Secret":
-            each["data"] = {key: "<made>" for key in each["data"]}
+            each["data"] = dict.fromkeys(each["data"], "<made>")
             notes = each["metadata"]["annotations"]
             notes.update({note: "<made>" for note in ("arc-topk/not-after", "arc-topk/signer") if note in notes})
         if each["metadata"]["labels"].get("app.kubernetes.io/component") == "monitoring":
             if each["kind"] == "ConfigMap":
-                each["data"] = {key: "<dashboards/grafana>" for key in each["data"]}
+                each["data"] = dict.fromkeys(each["data"], "<dashboards/grafana>")
             else:
                 each["spec"]["groups"] = [group["name"] for group in each["spec"]["groups"]]
     return sorted(kept, key=lambda each: (each["kind"], each["metadata"]["name"]))
@@ -57,8 +58,6 @@ def test_no_golden_file_is_left_over() -> None:
 def test_both_helms_make_the_same(values: str) -> None:
     labelled = [[each for each in objects(values, which=which) if "labels" in each["metadata"]] for which in HELMS]
     assert normal(labelled[0]) == normal(labelled[1])
-
-
 
 
 @pytest.mark.parametrize("kube", [LOWEST, HIGHEST])
@@ -101,7 +100,11 @@ def test_golden_files_hold_no_key() -> None:
 
 def test_json_dashboards_survive() -> None:
     for name in ("gpu-pool", "everything"):
-        found = [each for each in objects(name) if each["kind"] == "ConfigMap" and "grafana_dashboard" in each["metadata"].get("labels", {})]
+        found = [
+            each
+            for each in objects(name)
+            if each["kind"] == "ConfigMap" and "grafana_dashboard" in each["metadata"].get("labels", {})
+        ]
         assert found
         for each in found:
             ((file, text),) = each["data"].items()

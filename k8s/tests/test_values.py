@@ -7,8 +7,10 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
+
 from chart import CHART, HELMS, VALUES, containers, environment, objects, of_kind, one, pods, refused, rendered
 from cluster import Cluster
 
@@ -39,8 +41,6 @@ def nested(path: tuple[str, ...], value: object) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def schema() -> Any:
     """What judges values as Helm does."""
-    import jsonschema
-
     return jsonschema.Draft7Validator(json.loads((CHART / "values.schema.json").read_text()))
 
 
@@ -51,7 +51,8 @@ def test_the_defaults_fit(schema: Any) -> None:
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
 def test_a_misspelt_key_is_refused_at_every_level(schema: Any, path: tuple[str, ...]) -> None:
     def complains(values: dict[str, Any]) -> bool:
-        return any(path[-1] in error.message or any(path[-1] in inner.message for inner in error.context) for error in schema.iter_errors(values))
+        errors = [inner for error in schema.iter_errors(values) for inner in (error, *error.context)]
+        return any(path[-1] in error.message for error in errors)
 
     assert complains(nested(path, 1))
     if path[0] == "workerDefaults":
@@ -126,11 +127,14 @@ def test_workers_elsewhere_need_certificates_from_there() -> None:
 
 def shard_settings(*sets: str, values: str | None = None) -> dict[str, str]:
     """What shards are told."""
-    return environment(one(objects(values, *sets), "StatefulSet", "demo-arc-topk-shard")["spec"]["template"]["spec"]["containers"][0])
+    return environment(
+        one(objects(values, *sets), "StatefulSet", "demo-arc-topk-shard")["spec"]["template"]["spec"]["containers"][0]
+    )
 
 
 def test_shards_are_told_how_many_workers_the_pools_have() -> None:
-    told = shard_settings('workerPools={"a": {"replicas": 3}, "b": {"minReplicas": 1, "maxReplicas": 5, "workersPerPod": 2}, "c": {"enabled": false}}')
+    elastic = '{"minReplicas": 1, "maxReplicas": 5, "workersPerPod": 2}'
+    told = shard_settings(f'workerPools={{"a": {{"replicas": 3}}, "b": {elastic}, "c": {{"enabled": false}}}}')
     assert (told["ARC_WORKERS"], told["ARC_MAX_WORKERS"]) == ("5", "13")
     told = shard_settings('workerPools={"a": {"replicas": 3}}', 'job={"workers": 2, "maxWorkers": 9}')
     assert (told["ARC_WORKERS"], told["ARC_MAX_WORKERS"]) == ("2", "9")
@@ -138,8 +142,9 @@ def test_shards_are_told_how_many_workers_the_pools_have() -> None:
 
 
 def test_a_pool_may_say_no_where_the_defaults_say_yes() -> None:
-    sets = ('workerDefaults={"spot": {"enabled": true, "provider": "gke"}, "replicas": 4}', 'workerPools={"a": {"spot": {"enabled": false}}, "b": {}}')
-    placed = {spec["metadata"]["labels"]["arc-topk/pool"]: spec["spec"]["template"]["spec"] for spec in of_kind(objects(None, *sets), "Job")}
+    defaults = 'workerDefaults={"spot": {"enabled": true, "provider": "gke"}, "replicas": 4}'
+    jobs = of_kind(objects(None, defaults, 'workerPools={"a": {"spot": {"enabled": false}}, "b": {}}'), "Job")
+    placed = {job["metadata"]["labels"]["arc-topk/pool"]: job["spec"]["template"]["spec"] for job in jobs}
     assert "nodeSelector" not in placed["a"] and placed["b"]["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
     assert placed["b"]["terminationGracePeriodSeconds"] == 25 and placed["a"]["terminationGracePeriodSeconds"] == 120
 
@@ -153,14 +158,14 @@ def job_name(*sets: str, values: str | None = "laptop") -> str:
 
 def test_a_changed_job_has_another_name_and_an_equal_one_the_same() -> None:
     # Two renderings of their own: certificates differ, names do not.
-    assert job_name() == job_name('commonAnnotations={}')
+    assert job_name() == job_name("commonAnnotations={}")
     assert job_name() != job_name('job={"trainer": {"steps": 301}}')
     assert re.fullmatch(r"demo-arc-topk-cpu-[0-9a-f]{8}", job_name())
 
 
 def test_a_changed_file_starts_its_pool_anew() -> None:
-    of = [job_name('workerPools={"a": {"command": ["python", "a"], "files": {"a": "%s"}}}' % text, values=None) for text in ("one", "two")]
-    assert of[0] != of[1]
+    pools = [json.dumps({"a": {"command": ["python", "a"], "files": {"a": text}}}) for text in ("one", "two")]
+    assert job_name(f"workerPools={pools[0]}", values=None) != job_name(f"workerPools={pools[1]}", values=None)
 
 
 def test_the_longest_names_still_fit() -> None:
