@@ -67,6 +67,14 @@ def test_the_wheel_is_imported_from_its_own_environment(fresh):
     assert not str(PACKAGE).startswith(environment)
 
 
+def test_the_wheel_has_all_of_the_package(fresh):
+    (installed,) = fresh.parents[1].glob("lib/python*/site-packages/arc_topk")
+    sources = README.parent / "arc_topk"
+    wanted = {str(path.relative_to(sources)) for path in sources.rglob("*") if path.suffix in (".py", ".pyi", ".typed")}
+    assert "integrations/lightning.py" in wanted
+    assert wanted - {str(path.relative_to(installed)) for path in installed.rglob("*")} == set()
+
+
 def test_the_script_of_the_readme_runs(fresh, tmp_path):
     scripts = [code for code in snippets() if "__main__" in code]
     assert len(scripts) == 1
