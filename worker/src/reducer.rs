@@ -1,5 +1,6 @@
 //! What a trainer sees: gradients in, results out, wherever the shards are.
 
+use crate::backend::Lent;
 use crate::step::{ImportError, SHARED_ARRAY, StepError, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
@@ -155,6 +156,19 @@ pub trait Reducer: Send {
     /// # Errors
     /// If the length is wrong, the tensor was pushed before, or the job has ended.
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError>;
+
+    /// [`push`](Reducer::push) without a copy, where the reducer can: U is formed in the gradient's own memory, and the
+    /// result of [`for_each_result`](Reducer::for_each_result) lies there. Until [`give_back`](Reducer::give_back) the memory is
+    /// the reducer's; after a skipped step, or an error, its content is of no use.
+    ///
+    /// # Errors
+    /// As [`push`](Reducer::push).
+    fn lend(&mut self, tensor: TensorId, gradient: Lent) -> Result<(), ReduceError> {
+        self.push(tensor, gradient.values())
+    }
+
+    /// Ends all loans of [`lend`](Reducer::lend). Call it after `for_each_result`, or a skipped step.
+    fn give_back(&mut self) {}
 
     /// Waits until every round of the step has closed, and commits.
     ///

@@ -1,5 +1,6 @@
 //! The CPU backend: [`Kernels`] over plain vectors.
 
+use super::lent::Buffer;
 use super::norms;
 use super::{Backend, Energies, Gradient, LoadPass, Loaded, SegmentCommit, SentRows, StateArrays};
 use arc_topk_common::compress::{
@@ -30,7 +31,7 @@ struct Slot {
     keeps_late: bool,
     params: FeedbackParams,
     /// Gradient, then U, then the result: m·n, padded with zeros.
-    buffer: Vec<f32>,
+    buffer: Buffer,
     /// Sketch of this step, m×r; empty unless the compressor needs one.
     sketch: Vec<f32>,
     /// By ascending rows.
@@ -116,7 +117,7 @@ impl CpuBackend {
                         1.0
                     },
                 },
-                buffer: vec![0.0; tensor.rows * tensor.width],
+                buffer: Buffer::Own(Vec::new()),
                 sketch: Vec::new(),
                 segments,
             });
@@ -139,8 +140,27 @@ impl Slot {
         rows.start * self.state.width..rows.end * self.state.width
     }
 
+    /// Elements with padding.
+    fn size(&self) -> usize {
+        self.state.rows * self.state.width
+    }
+
+    /// Before a gradient comes: there is a place for it. One that was lent is its own place, unless it lacks the padding.
+    fn place(&mut self, gradient: Gradient<'_>) {
+        self.buffer.give_back();
+        if let Gradient::Lent(lent) = gradient
+            && lent.elements() == self.size()
+        {
+            self.buffer = Buffer::Lent(lent);
+        }
+        self.buffer.ensure(self.size());
+    }
+
     /// Copies the gradient of `rows` into the buffer; what lies past the last element is zero.
     fn copy(&mut self, gradient: Gradient<'_>, rows: &Range<usize>) {
+        if matches!(self.buffer, Buffer::Lent(_)) {
+            return;
+        }
         let range = self.range(rows);
         let end = range.end.min(self.elements);
         let (values, padding) = self.buffer[range.clone()].split_at_mut(end - range.start);
@@ -157,6 +177,9 @@ impl Slot {
                 to.iter_mut()
                     .zip(from)
                     .for_each(|(to, from)| *to = from.to_f32());
+            }),
+            Gradient::Lent(lent) => copy_with(values, &lent.values()[from], |to, from| {
+                to.copy_from_slice(from);
             }),
             Gradient::Absent => values.fill(0.0),
         }
@@ -242,6 +265,7 @@ fn rows_of(segment: Segment) -> Range<usize> {
 impl Backend for CpuBackend {
     fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass) -> Loaded {
         let slot = &mut self.slots[tensor.index()];
+        slot.place(gradient);
         let shape = SketchShape {
             width: slot.state.width,
             ..self.shape
@@ -299,6 +323,7 @@ impl Backend for CpuBackend {
 
     fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool) {
         let slot = &mut self.slots[segment.tensor.index()];
+        slot.buffer.ensure(slot.size());
         let range = slot.range(&rows_of(segment));
         let global = &mut slot.state.global[range.clone()];
         codec.decode(mean, global);
@@ -324,6 +349,7 @@ impl Backend for CpuBackend {
 
     fn commit(&mut self, end: SegmentCommit<'_>) -> Energies {
         let slot = &mut self.slots[end.segment.tensor.index()];
+        slot.buffer.ensure(slot.size());
         let (rows, width) = (rows_of(end.segment), slot.state.width);
         if end.abstained {
             slot.recall(&rows);
@@ -394,6 +420,12 @@ impl Backend for CpuBackend {
         &slot.buffer[..slot.elements]
     }
 
+    fn give_back(&mut self) {
+        self.slots
+            .iter_mut()
+            .for_each(|slot| slot.buffer.give_back());
+    }
+
     fn export(&self, tensor: TensorId) -> StateArrays {
         let slot = &self.slots[tensor.index()];
         let late = [("residual", &slot.late)];
@@ -408,7 +440,7 @@ impl Backend for CpuBackend {
     fn optional_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)> {
         let slot = &self.slots[tensor.index()];
         if slot.keeps_late {
-            vec![("residual", slot.state.rows * slot.state.width)]
+            vec![("residual", slot.size())]
         } else {
             Vec::new()
         }

@@ -6,10 +6,12 @@
 //! [`Kernels`](arc_topk_common::compress::Kernels).
 
 mod cpu;
+mod lent;
 mod norms;
 
 pub use cpu::CpuBackend;
 pub(crate) use cpu::tensor_segments;
+pub use lent::Lent;
 
 use arc_topk_common::compress::{ProjectionKey, ValueCodec};
 use arc_topk_common::ids::TensorId;
@@ -25,6 +27,8 @@ pub enum Gradient<'a> {
     Bf16(&'a [bf16]),
     /// IEEE half.
     F16(&'a [f16]),
+    /// IEEE single, in memory that is the backend's until [`Backend::give_back`]: U and the result take the gradient's place there.
+    Lent(Lent),
     /// No gradient on this worker: zeros.
     Absent,
 }
@@ -37,6 +41,7 @@ impl Gradient<'_> {
             Self::F32(values) => Some(values.len()),
             Self::Bf16(values) => Some(values.len()),
             Self::F16(values) => Some(values.len()),
+            Self::Lent(lent) => Some(lent.elements()),
             Self::Absent => None,
         }
     }
@@ -155,6 +160,9 @@ pub trait Backend: Send {
 
     /// The result of a tensor after every segment was committed (elements, without padding).
     fn result(&self, tensor: TensorId) -> &[f32];
+
+    /// Memory that was lent is not touched any more. The results that lie there are no longer the backend's to give.
+    fn give_back(&mut self);
 
     /// Feedback state of a tensor.
     fn export(&self, tensor: TensorId) -> StateArrays;

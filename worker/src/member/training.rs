@@ -88,6 +88,11 @@ impl Member {
         self.machine.for_each_result(f);
     }
 
+    /// See [`StepMachine::give_back`].
+    pub fn give_back(&mut self) {
+        self.machine.give_back();
+    }
+
     /// See [`StepMachine::export_state`].
     #[must_use]
     pub fn export_state(&self) -> WorkerState {

@@ -1,7 +1,7 @@
 //! The thread that runs the member's machine and hands its frames to streams.
 
 use super::link::{Link, RoundOut};
-use super::shared::{Core, Event, Next, Shared, What, Work};
+use super::shared::{Core, Event, Next, Pushed, Shared, What, Work};
 use super::{NetEvent, NetObserver};
 use crate::backend::Gradient;
 use crate::member::{Input, Notice, Output};
@@ -104,11 +104,23 @@ impl Engine {
                 let step = member.machine().step();
                 self.rounds.retain(|_, round| round.step == step);
             }
-            Work::Fill(tensor, gradient) => {
-                if let Err(error) = member.fill(tensor, Gradient::F32(&gradient), out) {
+            Work::Fill(step, tensor, pushed) => {
+                let gradient = match &pushed {
+                    Pushed::Copied(values) => Gradient::F32(values),
+                    Pushed::Lent(lent) => Gradient::Lent(*lent),
+                };
+                // What was lent for a step that has ended may be gone.
+                let filled = if step == member.machine().step() {
+                    member.fill(tensor, gradient, out)
+                } else {
+                    Ok(())
+                };
+                if let Err(error) = filled {
                     self.shared.fail(error.into());
                 }
-                self.shared.recycle(gradient);
+                if let Pushed::Copied(values) = pushed {
+                    self.shared.recycle(values);
+                }
             }
             Work::Flush(step) => {
                 // The rounds of a step may close before this comes, and the trainer go on.

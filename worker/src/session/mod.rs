@@ -47,7 +47,7 @@ mod supervisor;
 pub use config::{NetConfig, NetEvent, NetObserver};
 pub use error::ConnectError;
 
-use crate::backend::{Backend, CpuBackend};
+use crate::backend::{Backend, CpuBackend, Lent};
 use crate::member::{Member, MemberConfig};
 use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
@@ -241,7 +241,8 @@ impl QuicReducer {
             .set_measure_every(steps);
     }
 
-    fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<(), ReduceError> {
+    /// The step that a gradient is for.
+    fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<Step, ReduceError> {
         let Some(planned) = self.plan.tensors.get(tensor.index()) else {
             return Err(ReduceError::Step(StepError::UnknownTensor {
                 tensor: tensor.0,
@@ -264,7 +265,7 @@ impl QuicReducer {
                 step,
             }));
         }
-        Ok(())
+        Ok(step)
     }
 
     fn shut_down(&mut self, code: u32, reason: &str) {
@@ -357,12 +358,24 @@ impl Reducer for QuicReducer {
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
-        self.check_push(tensor, gradient.len())?;
+        let step = self.check_push(tensor, gradient.len())?;
         if self.behind {
             // Nobody takes it any more.
             return self.shared.check();
         }
-        self.shared.push(tensor, gradient)
+        self.shared.push(step, tensor, gradient)
+    }
+
+    fn lend(&mut self, tensor: TensorId, gradient: Lent) -> Result<(), ReduceError> {
+        let step = self.check_push(tensor, gradient.elements())?;
+        if self.behind {
+            return self.shared.check();
+        }
+        self.shared.lend(step, tensor, gradient)
+    }
+
+    fn give_back(&mut self) {
+        self.shared.core().member.give_back();
     }
 
     fn finish(&mut self) -> Result<StepOutcome, ReduceError> {

@@ -1,6 +1,7 @@
 //! What the trainer's thread, the engine and the network tasks share.
 
 use super::link::Link;
+use crate::backend::Lent;
 use crate::member::{Member, Output};
 use crate::reducer::ReduceError;
 use arc_topk_common::ids::{BucketId, ShardId, Step, TensorId};
@@ -47,8 +48,8 @@ pub(super) enum Work {
     },
     /// A step opens. The machine knows already; what follows from it lies in its outputs.
     Begin,
-    /// A gradient.
-    Fill(TensorId, Vec<f32>),
+    /// A gradient of a step.
+    Fill(Step, TensorId, Pushed),
     /// No more gradients in this step.
     Flush(Step),
     /// A shard does not want this worker, whichever connection says so.
@@ -57,6 +58,12 @@ pub(super) enum Work {
     Told,
     /// This worker has left: the tasks that still say so come back.
     Left(mpsc::Sender<Vec<JoinHandle<()>>>),
+}
+
+/// A gradient on its way to the engine.
+pub(super) enum Pushed {
+    Copied(Vec<f32>),
+    Lent(Lent),
 }
 
 /// What the engine finds when it asks for work.
@@ -234,7 +241,12 @@ impl Shared {
     }
 
     /// Copies the gradient into the queue; waits for room in it, which the engine makes without the network.
-    pub(super) fn push(&self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
+    pub(super) fn push(
+        &self,
+        step: Step,
+        tensor: TensorId,
+        gradient: &[f32],
+    ) -> Result<(), ReduceError> {
         let bytes = size_of_val(gradient);
         let mut inner = self.inner();
         while inner.failure.is_none()
@@ -254,10 +266,19 @@ impl Shared {
         drop(inner);
         copy.clear();
         copy.extend_from_slice(gradient);
-        self.inner()
-            .from_trainer
-            .push_back(Work::Fill(tensor, copy));
-        self.work.notify_one();
+        self.after_all(Work::Fill(step, tensor, Pushed::Copied(copy)));
+        Ok(())
+    }
+
+    /// Queues a gradient that stays where it is.
+    pub(super) fn lend(
+        &self,
+        step: Step,
+        tensor: TensorId,
+        gradient: Lent,
+    ) -> Result<(), ReduceError> {
+        self.check()?;
+        self.after_all(Work::Fill(step, tensor, Pushed::Lent(gradient)));
         Ok(())
     }
 

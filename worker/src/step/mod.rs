@@ -255,6 +255,7 @@ impl StepMachine {
             );
         }
         self.open_rounds = self.rounds.iter().flatten().count();
+        self.backend.give_back();
         self.filled.fill(false);
         for (missing, bucket) in self.missing.iter_mut().zip(&self.plan.buckets) {
             *missing = bucket.tensors.len();
@@ -423,6 +424,14 @@ impl StepMachine {
                 },
                 width: tensor.width,
             });
+        }
+    }
+
+    /// Memory that was lent with [`Gradient::Lent`] is not touched any more: results that were not taken yet are gone with it.
+    pub fn give_back(&mut self) {
+        self.backend.give_back();
+        if self.progress == Progress::Committed {
+            self.progress = Progress::Idle;
         }
     }
 
