@@ -241,6 +241,16 @@ fn text(registry: &Registry) -> String {
         .unwrap_or_default()
 }
 
+#[cfg(target_os = "linux")]
+fn observe_process(registry: &Registry) {
+    let collector = prometheus::process_collector::ProcessCollector::for_self();
+    // It is there already if this was called before.
+    let _known = registry.register(Box::new(collector));
+}
+
+#[cfg(not(target_os = "linux"))]
+fn observe_process(_registry: &Registry) {}
+
 /// Metrics that shards and workers have in common.
 #[derive(Debug)]
 struct Shared {
@@ -399,6 +409,12 @@ macro_rules! shared_methods {
             #[must_use]
             pub fn registry(&self) -> &Registry {
                 &self.registry
+            }
+
+            /// Adds CPU time, memory and the like of this process under the names that all Prometheus clients use for them
+            /// (`process_…`; on Linux). For the metrics of a whole process, once.
+            pub fn observe_process(&self) {
+                observe_process(&self.registry);
             }
 
             /// Payload bytes sent or received.

@@ -17,6 +17,7 @@ pub struct ShardMetrics {
     members_away: IntGauge,
     members: IntGauge,
     world: IntGauge,
+    shards: IntGauge,
     epoch: IntGauge,
     lost_workers: IntCounter,
     refusals: IntCounterVec,
@@ -90,6 +91,7 @@ impl ShardMetrics {
             ),
             members: r.count("arc_members", "Live workers"),
             world: r.count("arc_world_size", "Workers that the job started with"),
+            shards: r.count("arc_shards", "Shards that the job has, as this one was told"),
             epoch: r.count("arc_epoch", "Version of the membership"),
             lost_workers: r.counter(
                 "arc_lost_workers_total",
@@ -247,6 +249,11 @@ impl ShardMetrics {
         self.members.set(i64::from(members));
         self.world.set(i64::from(world));
         self.epoch.set(i64::from(epoch));
+    }
+
+    /// How many shards the job has.
+    pub fn set_shards(&self, shards: u16) {
+        self.shards.set(i64::from(shards));
     }
 
     /// A worker vanished or was removed.

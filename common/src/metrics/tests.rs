@@ -4,13 +4,14 @@ use super::*;
 use prometheus::proto::MetricType;
 
 /// Gauges that count or measure something without a unit.
-const UNITLESS: [&str; 13] = [
+const UNITLESS: [&str; 14] = [
     "arc_members_away",
     "arc_persistent_straggler",
     "arc_build_info",
     "arc_members",
     "arc_snapshots",
     "arc_world_size",
+    "arc_shards",
     "arc_epoch",
     "arc_open_rounds",
     "arc_step",
@@ -151,4 +152,21 @@ fn bytes_are_told_apart_from_the_start() {
     assert!(text.contains("arc_rounds_total{outcome=\"non_finite\"} 0\n"));
     assert!(text.contains("arc_certificate_renewals_total{outcome=\"refused\"} 0\n"));
     assert!(text.contains("arc_build_info{component=\"shard\",version="));
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_process_shows_its_cpu_time_and_memory_once() {
+    let metrics = WorkerMetrics::new();
+    assert!(!metrics.text().contains("process_"));
+    metrics.observe_process();
+    metrics.observe_process();
+    let text = metrics.text();
+    for name in ["process_cpu_seconds_total", "process_resident_memory_bytes"] {
+        let value = |line: &str| line.strip_prefix(name)?.trim().parse::<f64>().ok();
+        let values: Vec<f64> = text.lines().filter_map(value).collect();
+        assert_eq!(values.len(), 1, "{name}");
+        assert!(values[0] >= 0.0, "{name}");
+    }
+    assert!(!text.contains("process_resident_memory_bytes 0\n"));
 }

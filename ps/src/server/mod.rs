@@ -260,6 +260,9 @@ impl Server {
         };
         let (commands, queue) = mpsc::channel(EVENTS_QUEUED);
         let most = options.shard.world.max(options.shard.max_workers);
+        let metrics = ShardMetrics::new();
+        metrics.observe_process();
+        metrics.set_shards(options.shard.shards);
         let hub = Arc::new(Hub {
             commands,
             sessions: DashMap::new(),
@@ -276,7 +279,7 @@ impl Server {
             transport: options.transport,
             timeouts: options.timeouts,
             chaos_delay: options.chaos_delay,
-            metrics: ShardMetrics::new(),
+            metrics,
             store,
         });
         let shard = ShardConfig {

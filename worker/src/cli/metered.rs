@@ -184,6 +184,7 @@ pub(super) struct Pages {
 impl Pages {
     /// Pages about `metrics`; not ready before [`Pages::joined`].
     pub(super) fn new(metrics: Arc<WorkerMetrics>) -> Self {
+        metrics.observe_process();
         Self {
             metrics,
             latest: Mutex::default(),
