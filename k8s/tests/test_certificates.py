@@ -151,6 +151,15 @@ def test_roles_of_cert_manager_are_those_that_the_programs_ask_for() -> None:
     assert "dnsNames" not in worker and "*.demo-arc-topk-shards.train.svc" in shard["dnsNames"]
 
 
+def test_hosts_outside_are_in_the_charts_own_certificate() -> None:
+    pem = text(secrets(objects("wan-shards"))[SHARD], "tls.crt")
+    shown = subprocess.run(
+        ["openssl", "x509", "-noout", "-ext", "subjectAltName"], input=pem, capture_output=True, text=True, check=True
+    )
+    names = set(re.findall(r"DNS:([^,\s]+)", shown.stdout))
+    assert names == {"localhost", "*.demo-arc-topk-shards.train.svc", "ps0.train.example.org", "ps1.train.example.org"}
+
+
 def test_hosts_outside_are_in_the_certificate() -> None:
     names = [each["spec"] for each in of_kind(objects("everything"), "Certificate") if "dnsNames" in each["spec"]]
     assert {"ps0.example.org", "shards.example.org"} <= set(names[0]["dnsNames"])

@@ -34,7 +34,7 @@ def test_what_services_refer_to_is_there(compose: Object) -> None:
         if "build" in service:
             assert (K8S / service["build"]["context"] / service["build"]["dockerfile"]).is_file()
         for mount in service.get("volumes", []):
-            source = mount.split(":")[0]
+            source = mount["source"] if isinstance(mount, dict) else mount.split(":")[0]
             if source.startswith("."):
                 assert (K8S / source).exists(), mount
             else:
@@ -42,6 +42,13 @@ def test_what_services_refer_to_is_there(compose: Object) -> None:
     assert used == volumes
     built = {service["image"] for service in services.values() if "build" in service}
     assert {service["image"] for service in services.values() if service["image"].startswith("arc-topk/")} == built
+
+
+def test_no_peer_sees_the_authoritys_key(compose: Object) -> None:
+    for name, service in compose["services"].items():
+        for mount in service.get("volumes", []):
+            if "certs" in str(mount) and name != "certs":
+                assert mount["volume"]["subpath"] == ("worker" if name == "worker" else "shard") and mount["read_only"]
 
 
 def test_services_are_confined(compose: Object) -> None:

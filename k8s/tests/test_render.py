@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import json
+import tarfile
 from functools import lru_cache
+from pathlib import Path
 
 import kubernetes_validate.utils as validation
 import pytest
@@ -84,6 +86,18 @@ def test_the_supported_versions_are_those_of_the_chart() -> None:
     assert chart["kubeVersion"] == f">={LOWEST}.0-0"
     assert validation.major_minor(validation.latest_version()) == HIGHEST
     assert f"Kubernetes {LOWEST} to {HIGHEST}" in (CHART / "README.md").read_text()
+
+
+@pytest.mark.parametrize("which", HELMS)
+def test_the_package_holds_what_the_chart_needs(which: str, tmp_path: Path) -> None:
+    done = helm(which, "package", str(CHART), "--destination", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    with tarfile.open(next(tmp_path.glob("*.tgz"))) as archive:
+        names = {name.removeprefix("arc-topk/") for name in archive.getnames()}
+    assert {"values.schema.json", "README.md", "files/prometheus/rules.yaml", "examples/laptop.yaml"} <= names
+    assert len([name for name in names if name.startswith("files/grafana/")]) == len(list(CHART.glob("files/grafana/*.json")))
+    # Helm keeps it with every release, in a secret of a megabyte at most.
+    assert next(tmp_path.glob("*.tgz")).stat().st_size < 300_000
 
 
 def test_only_new_kubernetes_gets_a_success_policy() -> None:

@@ -187,6 +187,21 @@ def test_workers_dial_shards_by_names_that_exist() -> None:
     assert told["ARC_SHARD_ADDRESSES"].split(",") == expected
 
 
+def test_the_two_halves_of_a_wide_job_agree() -> None:
+    here, there = (yaml.safe_load(VALUES[name].read_text()) for name in ("wan-shards", "wan-workers"))
+    assert here["job"]["name"] == there["job"]["name"]
+    assert there["shards"]["remoteAddresses"] == [f"{host}:7400" for host in here["shards"]["external"]["hosts"]]
+    (pool,) = there["workerPools"].values()
+    assert (here["job"]["workers"], here["job"]["maxWorkers"]) == (pool["minReplicas"], pool["maxReplicas"])
+    secret = there["certificates"]["existing"]["workerSecret"]
+    assert f'name: "{secret}"' in VALUES["wan-shards"].read_text()
+    # Monitoring must take both for one training job.
+    jobs = {
+        metadata["labels"].get("arc-topk/job") for name in ("wan-shards", "wan-workers") for _, metadata, _ in pods(objects(name))
+    }
+    assert jobs == {"wan"}
+
+
 def test_a_process_group_is_told_who_it_is() -> None:
     found = objects("gpu-pool")
     job = one(found, "Job")
