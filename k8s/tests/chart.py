@@ -43,7 +43,7 @@ def helm(which: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     home = fetch(HELMS[which]).parent / "home"
     environment = {"HOME": str(home), "PATH": "/usr/bin:/bin", "HELM_CACHE_HOME": str(home / "cache")}
     return subprocess.run(
-        [str(fetch(HELMS[which])), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=60
+        [str(fetch(HELMS[which])), *arguments], capture_output=True, text=True, env=environment, check=False, timeout=600
     )
 
 
