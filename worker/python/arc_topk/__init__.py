@@ -22,7 +22,7 @@ from ._exchange import Exchange, Summary
 from ._merge import merge_states
 from ._native import ArcError, ConfigError, ConnectionFailed, JobEnded, Outcome, Superseded, __version__
 from ._reduce import all_reduce
-from ._state import exchange, init, rank, shutdown, summary, world_size
+from ._state import exchange, init, rank, report, shutdown, summary, world_size
 from .config import Config, Peers
 from .ddp import register
 from .diloco import LocalSGD
@@ -54,6 +54,7 @@ __all__ = [
     "optim",
     "rank",
     "register",
+    "report",
     "shutdown",
     "summary",
     "world_size",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import json
 import logging
 import threading
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -72,6 +74,15 @@ class Summary:
         return 2 * self.dense_equivalent_bytes / max(1, self.bytes_sent + self.bytes_received)
 
 
+@dataclasses.dataclass(frozen=True)
+class _News:
+    """What shard 0 is to be told of a step."""
+
+    step: int
+    seconds: float
+    wait_seconds: float
+
+
 class Exchange:
     """Averages the tensors that were registered, a step at a time. Calls may come from any thread."""
 
@@ -108,6 +119,8 @@ class Exchange:
         self.peers = peers
         self.summary = Summary()
         self._lock = threading.Lock()
+        self._news: _News | None = None
+        self._loss: float | torch.Tensor | None = None
         self._scale = 1.0
         step, update = (0, 0) if state is None else (state["step"], state["update"])
         options = {
@@ -126,15 +139,25 @@ class Exchange:
             "reconnect_timeout": peers.reconnect_timeout,
             "progress_timeout": peers.progress_timeout,
         }
-        logger.info("joining job %r at %s", peers.job, ", ".join(peers.shards))
+        self._options = options
+        self._join(options)
+        if state is not None and not self.session.needs_snapshot():
+            self.load(state)
+
+    def _join(self, options: dict[str, Any]) -> None:
+        logger.info("joining job %r at %s", self.peers.job, ", ".join(self.peers.shards))
         self.session = _native.Session(json.dumps(options))
         #: The next step.
         self.step = self.session.start_step()
-        if state is not None and not self.session.needs_snapshot():
-            self.load(state)
         self.rank = self.session.rank()
         self.widths = self.session.widths()
+        self._ended = time.monotonic()
         logger.info("joined as rank %d of %d", self.rank, self.world_size)
+
+    def join_again(self) -> None:
+        """Gives its place up and comes to the job, which runs, as a newcomer. Another worker's state must be loaded next."""
+        self.session.leave()
+        self._join(self._options | {"rank": None, "when": "running"})
 
     @property
     def world_size(self) -> int:
@@ -150,6 +173,7 @@ class Exchange:
 
         With a GradScaler, gradients are exchanged without its scale, and results get it back.
         """
+        self._tell()
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
         return self.session.begin()
 
@@ -172,6 +196,9 @@ class Exchange:
         with self._lock:
             self.summary.add(outcome)
             self.step = outcome.step + 1
+            now = time.monotonic()
+            self._news = _News(outcome.step, now - self._ended, outcome.wait_seconds)
+            self._ended = now
         results = list(results)
         if outcome.skipped:
             for _, tensor in results:
@@ -209,8 +236,28 @@ class Exchange:
         arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
         self.session.import_state(state["step"], state["update"], arrays)
 
+    def report(self, loss: float | torch.Tensor) -> None:
+        """Says this worker's training loss, once a step and after ``backward()``, for the shards' status page and metrics."""
+        with self._lock:
+            self._loss = loss.detach() if isinstance(loss, torch.Tensor) else loss
+        self._tell()
+
+    def _tell(self) -> None:
+        """Tells shard 0 of the step that ended last, if it has not been told."""
+        with self._lock:
+            news, self._news = self._news, None
+            if news is None:
+                # The loss came early, before the step has ended.
+                return
+            loss, self._loss = self._loss, None
+        # Nobody has to say it: shards leave losses that are no numbers out.
+        known = float("nan") if loss is None else float(loss)
+        with contextlib.suppress(_native.ArcError):
+            self.session.report(news.step, known, news.seconds, news.wait_seconds)
+
     def leave(self) -> None:
         """Leaves the job in order."""
+        self._tell()
         self.session.leave()
 
     def _judge(self) -> None:

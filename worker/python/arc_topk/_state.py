@@ -108,6 +108,14 @@ def world_size() -> int:
     return expected
 
 
+def report(loss: float | torch.Tensor) -> None:
+    """Says this worker's training loss, once a step and after ``backward()``, for the shards' status page and metrics.
+
+    Optional: how long steps take, and how long they wait, is told without it.
+    """
+    exchange().report(loss)
+
+
 def summary() -> Any:
     """Bytes and times by phase since this worker joined: a :class:`Summary`."""
     return exchange().summary

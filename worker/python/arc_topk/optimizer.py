@@ -10,7 +10,7 @@ import torch
 
 from . import _native
 from ._exchange import Exchange, logger
-from ._replica import Donations, take
+from ._replica import Replica
 from ._state import open_exchange
 from .config import Config
 
@@ -23,13 +23,13 @@ class _Averaging:
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         if closure is None:
             self._arc.synchronize()
-            result = None if self._arc.skips() else super().step()  # type: ignore[misc]
+            result = super().step() if self._arc.updates() else None  # type: ignore[misc]
         else:
             once = _Once(closure, self._arc)
             with contextlib.suppress(_NoUpdate):
                 super().step(once)  # type: ignore[misc]
             result = once.loss
-        self._arc.donations.attend(self)  # type: ignore[arg-type]
+        self._arc.stepped()
         return result
 
     def no_sync(self) -> Any:
@@ -65,7 +65,7 @@ class _Once:
         with torch.enable_grad():
             self.loss = self._closure()
         self._averager.synchronize()
-        if self._averager.skips():
+        if not self._averager.updates():
             raise _NoUpdate
         return self.loss
 
@@ -84,9 +84,11 @@ def extended(optimizer: torch.optim.Optimizer, more: type) -> Any:
 class _Averager:
     """Pushes gradients as backward makes them, and puts the means in their place when it ends."""
 
-    def __init__(self, exchange: Exchange, parameters: list[torch.Tensor], scaler: Any | None) -> None:
-        self.exchange = exchange
-        self.donations = Donations(exchange, parameters)
+    def __init__(self, replica: Replica, parameters: list[torch.Tensor], scaler: Any | None, digest_every: int) -> None:
+        self.replica = replica
+        self.exchange = replica.exchange
+        self._digest_every = digest_every
+        self._lost: _native.Superseded | None = None
         self._parameters = parameters
         self._scaler = scaler
         self._syncs = True
@@ -100,7 +102,7 @@ class _Averager:
         if not self._syncs:
             return
         if not self._open:
-            self.exchange.begin(self._scaler)
+            self._unless_lost(lambda: self.exchange.begin(self._scaler))
             self._open = True
             self._pushed = set()
             # At the end of this backward pass, as DistributedDataParallel does it.
@@ -111,9 +113,23 @@ class _Averager:
                 f"{self.exchange.names[index]} got a second gradient in one backward pass: call backward once a step, and the "
                 "passes before it under no_sync()"
             )
-        assert parameter.grad is not None
+        gradient = parameter.grad
+        assert gradient is not None
         self._pushed.add(index)
-        self.exchange.push(index, parameter.grad)
+        self._unless_lost(lambda: self.exchange.push(index, gradient))
+
+    def _unless_lost(self, act: Callable[[], Any]) -> None:
+        """Gradients of one whose place is lost are nobody's: its backward ends in peace, and joins again when it has stepped."""
+        if self._lost is not None:
+            return
+        try:
+            act()
+        except _native.Superseded as error:
+            if not self.replica.elastic:
+                raise
+            # Nothing works in the gradients any more.
+            self.exchange.session.leave()
+            self._lost = error
 
     def synchronize(self) -> None:
         """Waits for the means of the gradients that were pushed."""
@@ -126,14 +142,29 @@ class _Averager:
                 # Unused here; others may have used it.
                 parameter.grad = torch.zeros_like(parameter)
             results.append((self.exchange.index[id(parameter)], parameter.grad))
+        self._unless_lost(lambda: self._finish(results))
+        if self._lost is not None:
+            # What is done with gradients before the step, such as clipping, finds nothing.
+            for _, gradient in results:
+                gradient.zero_()
+
+    def _finish(self, results: list[tuple[int, torch.Tensor]]) -> None:
         self._skipped = self.exchange.finish(results).skipped
 
-    def skips(self) -> bool:
-        """Whether all workers skip this step, because some gradient was not finite. Said once for each."""
+    def updates(self) -> bool:
+        """Whether the step changes parameters: not if all skip it, because some gradient was not finite. Said once for each."""
         skipped, self._skipped = self._skipped, False
         if skipped:
             logger.warning("a gradient with a NaN or an infinity came from some worker: all workers skip this step")
-        return skipped
+        return not skipped and self._lost is None
+
+    def stepped(self) -> None:
+        """After the optimizer's step: sees to this worker's place, and to others'."""
+        lost, self._lost = self._lost, None
+        if lost is not None:
+            self.replica.join_again(lost)
+        self.replica.compare(self._digest_every)
+        self.replica.attend()
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -153,6 +184,7 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     state: Mapping[str, Any] | None = None,
     broadcast: bool = True,
     elastic: bool = True,
+    digest_every: int = 100,
     **settings: Any,
 ) -> Any:
     """The optimizer, with gradients averaged with the other workers' when ``backward()`` ends.
@@ -160,8 +192,13 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     It stays what it was (an instance of its class, with its ``state_dict``, groups and schedulers). At the start the
     parameters of the first worker go to all others, unless ``broadcast`` is off. If the job runs already and the shards have
     room (``--max-workers``), this worker joins it with the state of another one, unless ``elastic`` is off:
-    ``optimizer.exchange.step`` says at which step. A group of the optimizer may have a
-    ``density`` of its own. ``config``, ``scaler``, ``state`` and single settings are those of :func:`arc_topk.register`.
+    ``optimizer.exchange.step`` says at which step. So does a worker that was away for so long, or has come so far apart, that
+    the job went on without it: that step's gradients are dropped, a warning is logged, and training goes on at the job's step
+    (with ``elastic`` off :class:`arc_topk.Superseded` is raised). Every ``digest_every`` steps (0: never) workers tell shard 0 a
+    hash of their parameters, which are compared there.
+
+    The closure of a step is called once. A group of the optimizer may have a ``density`` of its own. ``config``, ``scaler``,
+    ``state`` and single settings are those of :func:`arc_topk.register`.
     """
     if isinstance(optimizer, torch.optim.LBFGS):
         raise _native.ConfigError(
@@ -189,9 +226,10 @@ def DistributedOptimizer(  # noqa: N802 - it stands for a class
     _warn_of_adam(optimizer, config)
     named = [(names[id(parameter)], parameter) for parameter in parameters]
     exchange = open_exchange(named, config, state=state, elastic=elastic)
-    take(exchange, parameters, optimizer, broadcast and state is None)
     wrapped = extended(optimizer, _Averaging)
-    wrapped._arc = _Averager(exchange, parameters, scaler)
+    replica = Replica(exchange, parameters, {"optimizer": wrapped}, elastic=elastic)
+    wrapped._arc = _Averager(replica, parameters, scaler, digest_every)
+    replica.start(broadcast and state is None)
     return wrapped
 
 

@@ -1,5 +1,6 @@
 //! Exceptions. Every text names cause and remedy, as its Rust error does.
 
+use arc_topk_common::wire::RefusalCode;
 use arc_topk_worker::reducer::ReduceError;
 use arc_topk_worker::session::ConnectError;
 use pyo3::PyErr;
@@ -41,6 +42,10 @@ pub(crate) fn connecting(error: &ConnectError) -> PyErr {
     let text = error.to_string();
     match error {
         ConnectError::Plan(_) => ConfigError::new_err(text),
+        ConnectError::Refused {
+            code: RefusalCode::Superseded,
+            ..
+        } => Superseded::new_err(text),
         _ => ConnectionFailed::new_err(text),
     }
 }

@@ -5,11 +5,11 @@ use super::options::Options;
 use super::tensor::Memory;
 use arc_topk_common::ids::{Step, TensorId};
 use arc_topk_worker::reducer::{Reducer, StepStart, TrainReport};
-use arc_topk_worker::session::QuicReducer;
+use arc_topk_worker::session::{NetEvent, QuicReducer};
 use arc_topk_worker::step::{RowsCame, StepOutcome, WorkerState};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
-use std::sync::{Mutex, MutexGuard, PoisonError, mpsc};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
 /// How often Python may interrupt what waits.
@@ -85,6 +85,38 @@ pub(crate) struct Session {
     held: Mutex<Option<Held>>,
 }
 
+/// What is logged while this worker waits for a place: level and text.
+type Line = (&'static str, String);
+
+fn joining_line(event: &NetEvent) -> Option<Line> {
+    match event {
+        NetEvent::Waiting { joined, world } if joined > world => Some((
+            "warning",
+            format!(
+                "the job is full, with {world} workers: waiting until one leaves; raise --max-workers of all shards for more"
+            ),
+        )),
+        NetEvent::Waiting { joined, world } => Some((
+            "info",
+            format!(
+                "waiting for a place in the job: {joined} of {world} workers are there, this one counted"
+            ),
+        )),
+        NetEvent::Retrying { shard, cause } => Some((
+            "info",
+            format!("shard {shard} does not answer yet, and is tried again: {cause}"),
+        )),
+        _ => None,
+    }
+}
+
+fn log(py: Python<'_>, (level, text): &Line) -> PyResult<()> {
+    let logger = py
+        .import("logging")?
+        .call_method1("getLogger", ("arc_topk",))?;
+    logger.call_method1(*level, ("%s", text)).map(drop)
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -116,7 +148,14 @@ impl Session {
     #[new]
     fn new(py: Python<'_>, options: &str) -> PyResult<Self> {
         let options = Options::parse(options)?;
-        let (net, spec) = (options.net()?, options.plan()?);
+        let (mut net, spec) = (options.net()?, options.plan()?);
+        let (news, told) = mpsc::channel();
+        net.observer = Some(Arc::new(move |event: &NetEvent| {
+            if let Some(line) = joining_line(event) {
+                // Nobody listens once it has joined.
+                let _joined = news.send(line);
+            }
+        }));
         let (done, result) = mpsc::channel();
         let result = Mutex::new(result);
         // On a thread of its own, so that Ctrl-C ends the waiting.
@@ -126,9 +165,16 @@ impl Session {
                 let _interrupted = done.send(QuicReducer::connect(net, spec));
             })
             .map_err(|cause| ConnectionFailed::new_err(cause.to_string()))?;
+        let mut last = None;
         let connected = loop {
-            let come = || lock(&result).recv_timeout(SIGNALS);
-            match py.detach(come) {
+            let came = py.detach(|| lock(&result).recv_timeout(SIGNALS));
+            for line in told.try_iter() {
+                if last.as_ref() != Some(&line) {
+                    log(py, &line)?;
+                    last = Some(line);
+                }
+            }
+            match came {
                 Ok(connected) => break connected,
                 Err(mpsc::RecvTimeoutError::Timeout) => py.check_signals()?,
                 Err(mpsc::RecvTimeoutError::Disconnected) => {
@@ -333,7 +379,15 @@ impl Session {
         })
     }
 
-    /// Tells shard 0's page how training goes. Best effort.
+    /// SHA-256 of all parameters before `step`, the next one, for shard 0 to compare with those of the others. Best effort.
+    fn digest(&self, py: Python<'_>, step: u64, digest: [u8; 32]) -> PyResult<()> {
+        self.with(py, |held| {
+            held.reducer.digest(Step(step), digest);
+            Ok(())
+        })
+    }
+
+    /// Tells shard 0's page how training goes. A loss that is not known is NaN. Best effort.
     fn report(
         &self,
         py: Python<'_>,

@@ -29,15 +29,21 @@ class Shards:
         program = str(_BIN / "arc-ps")
         subprocess.run([program, "certs", "--out", str(self.certs), "--days", "1"], check=True, capture_output=True)
         self.addresses = []
+        # Where they serve status and metrics, if ``more`` says so.
+        self.pages: list[str] = []
         self.processes = []
         for shard in range(shards):
-            command = [program, "--ready-json", "--listen=127.0.0.1:0", "--admin=off", "--start-grace-seconds=0"]
+            command = [program, "--ready-json", "--listen=127.0.0.1:0", "--start-grace-seconds=0"]
+            if not any(word.startswith("--admin") for word in more):
+                command.append("--admin=off")
             command += [f"--shard={shard}", f"--shards={shards}", f"--workers={workers}", f"--certs={self.certs}", *more]
             log = (directory / f"shard-{shard}.log").open("w")
             self.processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True))
         for process in self.processes:
             assert process.stdout is not None
-            self.addresses.append(json.loads(process.stdout.readline())["quic"])
+            ready = json.loads(process.stdout.readline())
+            self.addresses.append(ready["quic"])
+            self.pages.append(f"http://{ready['admin']}/")
 
     def environment(self) -> dict[str, str]:
         return {"ARC_SHARD_ADDRESSES": ",".join(self.addresses), "ARC_CERTS": str(self.certs)}

@@ -282,7 +282,7 @@ def elastic(rank: int, last: int, marker: str) -> dict[str, Any]:
         if step == 20 and rank < 2:
             while arc_topk.world_size() < 3:
                 time.sleep(0.01)
-                optimizer._arc.donations.attend(optimizer)
+                optimizer._arc.replica.attend()
     moments = {f"{at}/{name}": value for at, state in optimizer.state_dict()["state"].items() for name, value in state.items()}
     arc_topk.shutdown()
     return {"first": first, "values": dict(net.state_dict()), "worlds": sorted(world), "moments": moments}

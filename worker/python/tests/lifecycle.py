@@ -2,6 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import logging
+import os
+import signal
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -79,3 +88,214 @@ def scheduled(rank: int, early: bool) -> dict[str, Any]:
         halves.step()
     arc_topk.shutdown()
     return {"values": jobs.values(net), "rate": optimizer.param_groups[0]["lr"]}
+
+
+@contextlib.contextmanager
+def warnings() -> Iterator[list[str]]:
+    """What the package warns of."""
+    said: list[str] = []
+
+    class Keep(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            said.append(record.getMessage())
+
+    handler = Keep(logging.WARNING)
+    logging.getLogger("arc_topk").addHandler(handler)
+    try:
+        yield said
+    finally:
+        logging.getLogger("arc_topk").removeHandler(handler)
+
+
+def flat(state: dict[str, Any]) -> dict[str, Any]:
+    """What an optimizer keeps, by parameter and name."""
+    return {f"{at}/{name}": value for at, own in state["state"].items() for name, value in own.items()}
+
+
+def await_rank(exchange: arc_topk.Exchange, replica: Any, rank: int) -> None:
+    """Stands between two steps until this rank has joined, with a state that may be this worker's."""
+    while rank not in exchange.session.members():
+        time.sleep(0.01)
+        replica.attend()
+
+
+def comes_apart(rank: int, elastic: bool) -> dict[str, Any]:
+    """Three workers of 60 steps; the parameters of rank 1 become others, and shard 0 finds out."""
+    net = jobs.model()
+    optimizer: Any = arc_topk.optim.AdamW(net.parameters(), lr=0.01)
+    optimizer = arc_topk.DistributedOptimizer(
+        optimizer, net.named_parameters(), elastic=elastic, digest_every=4, **jobs.SPARSE
+    )
+    exchange, passed = optimizer.exchange, []
+    residuals: dict[str, torch.Tensor] = {}
+    with warnings() as said:
+        while exchange.step < 60:
+            step = exchange.step
+            passed.append(step)
+            if step == 20 and rank != 1 and elastic:
+                await_rank(exchange, optimizer._arc.replica, 3)
+            optimizer.zero_grad()
+            try:
+                jobs.loss_of(net, rank, step).backward()
+                optimizer.step()
+            except arc_topk.Superseded as error:
+                return {"error": str(error), "values": jobs.values(net)}
+            if rank == 1 and step == 5:
+                with torch.no_grad():
+                    next(net.parameters()).add_(1.0)
+            if exchange.rank != rank and not residuals:
+                residuals = exchange.state_dict()["arrays"]
+    arc_topk.shutdown()
+    got = {"values": jobs.values(net), "state": flat(optimizer.state_dict()), "passed": passed, "said": said}
+    return got | {"rank": exchange.rank, "residuals": residuals}
+
+
+def stands_still(rank: int, directory: str) -> dict[str, Any]:
+    """Rank 0 stops rank 2 for so long that the shards no longer have the answers that it misses."""
+    net = jobs.model()
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **jobs.SPARSE)
+    exchange, pid = optimizer.exchange, Path(directory) / "pid"
+    if rank == 2:
+        pid.write_text(str(os.getpid()))
+    with warnings() as said:
+        while exchange.step < 80:
+            step = exchange.step
+            if rank == 0 and step == 10:
+                os.kill(int(pid.read_text()), signal.SIGSTOP)
+            if rank == 0 and step == 40:
+                os.kill(int(pid.read_text()), signal.SIGCONT)
+            if rank < 2 and step == 60:
+                await_rank(exchange, optimizer._arc.replica, 3)
+            optimizer.zero_grad()
+            jobs.loss_of(net, rank, step).backward()
+            torch.nn.utils.clip_grad_norm_(net.parameters(), 1.0)
+            optimizer.step()
+    arc_topk.shutdown()
+    return {"values": jobs.values(net), "rank": exchange.rank, "said": said}
+
+
+def local_rounds(rank: int, last: int, marker: str, spoils: bool) -> dict[str, Any]:
+    """Rounds of four local steps. A third worker comes when two are under way; then the state of rank 1 may become another."""
+    under_way, sync_every = Path(marker), 4
+    if rank == 2:
+        while not under_way.exists():
+            time.sleep(0.01)
+    net = jobs.model(rank)
+    inner: Any = torch.optim.AdamW(net.parameters(), lr=0.003)
+    arc_topk.init(world_size=2)
+    settings: dict[str, Any] = {"density": 0.5, "dense_below_elements": 16, "digest_every": 2}
+    optimizer = arc_topk.LocalSGD(inner, net.named_parameters(), sync_every, **settings)
+    exchange, averager = optimizer.exchange, optimizer._arc_local
+    first, counts = exchange.step, sorted({int(value) for name, value in flat(optimizer.state_dict()).items() if "step" in name})
+    at, spoiled = 0, False
+    with warnings() as said:
+        while exchange.step < last:
+            optimizer.zero_grad()
+            jobs.loss_of(net, rank, at).backward()
+            at += 1
+            before = exchange.step
+            optimizer.step()
+            if exchange.step == before:
+                continue
+            if exchange.step == 5:
+                under_way.touch()
+            if rank < 2 and before == 10:
+                await_rank(exchange, averager._replica, 2)
+            if rank == 1 and spoils and before >= 12 and not spoiled:
+                spoiled = True
+                with torch.no_grad():
+                    averager._common[0].add_(1.0)
+            if rank != 1 and spoils and before == 30:
+                await_rank(exchange, averager._replica, 3)
+    outer = flat(optimizer.outer.state_dict())
+    arc_topk.shutdown()
+    got = {"first": first, "counts": counts, "values": jobs.values(net), "outer": outer}
+    return got | {"rank": exchange.rank, "said": said}
+
+
+def read(address: str) -> str:
+    """A page of a shard."""
+    with urllib.request.urlopen(address, timeout=20) as page:
+        return str(page.read().decode())
+
+
+def tells(rank: int, page: str, form: str) -> dict[str, Any]:
+    """Rank 0 says its losses; both tell how long steps take. The status once both have told all that they can."""
+    with jobs.process_group() if form == "ddp" else contextlib.nullcontext():
+        net = jobs.model()
+        optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
+        if form == "ddp":
+            net_or_ddp: torch.nn.Module = torch.nn.parallel.DistributedDataParallel(net)
+            arc_topk.register(net_or_ddp, **jobs.SPARSE)
+        else:
+            net_or_ddp = net
+            optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **jobs.SPARSE)
+        losses = []
+        for step in range(5):
+            optimizer.zero_grad()
+            loss = jobs.loss_of(net_or_ddp, rank, step)
+            loss.backward()
+            if rank == 0:
+                arc_topk.report(loss)
+            optimizer.step()
+            losses.append(float(loss.detach()))
+        reports: list[Any] = []
+        while rank == 0 and [report and report["step"] for report in reports] != [4, 4]:
+            status = json.loads(read(page + "status"))
+            reports = [member["report"] for member in status["members"]]
+            time.sleep(0.01)
+        metrics = read(page + "metrics")
+        # Gauges follow in a moment.
+        while rank == 0 and "arc_training_loss 0\n" in metrics:
+            time.sleep(0.01)
+            metrics = read(page + "metrics")
+        # Nobody leaves before rank 0 has seen both.
+        arc_topk.exchange().begin()
+        arc_topk.exchange().finish([])
+        arc_topk.shutdown()
+        return {"losses": losses, "reports": reports, "metrics": metrics}
+
+
+class Marks(logging.Handler):
+    """Makes a file when something is said."""
+
+    def __init__(self, words: str, file: Path) -> None:
+        super().__init__(logging.WARNING)
+        self.words, self.file = words, file
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.words in record.getMessage():
+            self.file.touch()
+
+
+def waits_for_a_place(rank: int, directory: str) -> dict[str, Any]:
+    """Two train in a job that is full; when a third one has said that it waits, one leaves."""
+    under_way, waits = Path(directory) / "under-way", Path(directory) / "waits"
+    logger, marks = logging.getLogger("arc_topk"), Marks("the job is full, with 2 workers", waits)
+    if rank == 2:
+        while not under_way.exists():
+            time.sleep(0.01)
+        logger.addHandler(marks)
+    arc_topk.init(world_size=2)
+    net = jobs.model(rank)
+    optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **jobs.SPARSE)
+    logger.removeHandler(marks)
+    exchange = optimizer.exchange
+    first = exchange.step
+    while exchange.step < first + 10:
+        optimizer.zero_grad()
+        jobs.loss_of(net, rank, exchange.step).backward()
+        optimizer.step()
+    under_way.touch()
+    while not waits.exists():
+        time.sleep(0.01)
+    if rank == 0:
+        await_rank(exchange, optimizer._arc.replica, 2)
+    while rank != 1 and exchange.step < 40:
+        optimizer.zero_grad()
+        jobs.loss_of(net, rank, exchange.step).backward()
+        optimizer.step()
+    arc_topk.shutdown()
+    return {"values": jobs.values(net), "first": first}
