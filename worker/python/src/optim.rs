@@ -56,7 +56,7 @@ pub(crate) fn catch_up_adamw(
             tensor.add_to(&mut places)?;
         }
         let apart = places.apart()?;
-        let tensors = tensors.iter().map(|tensor| tensor.lent(&apart));
+        let tensors = tensors.into_iter().map(|tensor| tensor.lent(&apart));
         let step = AdamStep {
             betas,
             eps,
@@ -77,32 +77,33 @@ impl Stepped {
             Element::Bf16 => Places::add::<bf16>,
             Element::F16 => Places::add::<f16>,
         };
-        add(places, *parameter, true)?;
-        add(places, *gradient, false)?;
+        add(places, parameter, true)?;
+        add(places, gradient, false)?;
         for moment in [first, second] {
-            places.add::<f32>(*moment, true)?;
+            places.add::<f32>(moment, true)?;
         }
         for count in [last, seen] {
-            places.add::<i64>(*count, true)?;
+            places.add::<i64>(count, true)?;
         }
+        let rows = rows.as_ref();
         rows.map_or(Ok(()), |rows| places.add::<i64>(rows, false))
     }
 
-    fn lent<'a>(&self, apart: &'a Apart) -> PyResult<AdamTensor<'a>> {
+    fn lent(self, apart: &Apart) -> PyResult<AdamTensor<'_>> {
         let Self(dtype, width, step, x, g, first, second, last, seen, rows) = self;
         Ok(AdamTensor {
-            elements: match Element::parse(dtype)? {
+            elements: match Element::parse(&dtype)? {
                 Element::F32 => Elements::F32(x.write(apart), g.read(apart)),
                 Element::Bf16 => Elements::Bf16(x.write(apart), g.read(apart)),
                 Element::F16 => Elements::F16(x.write(apart), g.read(apart)),
             },
-            width: *width,
+            width,
             first: first.write(apart),
             second: second.write(apart),
             last: last.write(apart),
             seen: seen.write(apart),
             rows: rows.map(|rows| rows.read(apart)),
-            step: *step,
+            step,
         })
     }
 }

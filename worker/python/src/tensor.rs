@@ -120,8 +120,8 @@ fn fill<T>(to: &mut [T], values: impl Iterator<Item = T>) {
         .for_each(|(to, value)| *to = value);
 }
 
-/// Some elements from an address on, as Python gives them: `(address, elements)`.
-#[derive(Clone, Copy, Debug, pyo3::FromPyObject)]
+/// Some elements from an address on, as Python gives them: `(address, elements)`. It is no `Clone`, so that it is used once.
+#[derive(Debug, pyo3::FromPyObject)]
 pub(crate) struct Place(usize, usize);
 
 /// Types of which every pattern of bits is a value.
@@ -146,8 +146,8 @@ impl Places {
     ///
     /// # Errors
     /// If it cannot be one.
-    pub(crate) fn add<T: Plain>(&mut self, place: Place, written: bool) -> PyResult<()> {
-        let Place(address, elements) = place;
+    pub(crate) fn add<T: Plain>(&mut self, place: &Place, written: bool) -> PyResult<()> {
+        let Place(address, elements) = *place;
         let bytes = elements.checked_mul(size_of::<T>());
         let end = bytes
             .filter(|bytes| *bytes <= isize::MAX as usize)
@@ -185,7 +185,7 @@ impl Places {
 
 impl Place {
     /// Its elements. Only for a place that was [added](Places::add) as one of `T`, and of a tensor that is held during the call.
-    pub(crate) fn read<'a, T: Plain>(self, _: &'a Apart) -> &'a [T] {
+    pub(crate) fn read<T: Plain>(self, _: &Apart) -> &[T] {
         if self.1 == 0 {
             return &[];
         }
@@ -194,8 +194,12 @@ impl Place {
         unsafe { std::slice::from_raw_parts(self.0 as *const T, self.1) }
     }
 
-    /// Its elements, to be written; as above, for one that was added as written, and asked for once.
-    pub(crate) fn write<'a, T: Plain>(self, _: &'a Apart) -> &'a mut [T] {
+    /// Its elements, to be written; as above, for one that was added as written.
+    #[allow(
+        clippy::mut_from_ref,
+        reason = "the memory is not that of `Apart`, which only says that this place meets no other"
+    )]
+    pub(crate) fn write<T: Plain>(self, _: &Apart) -> &mut [T] {
         if self.1 == 0 {
             return &mut [];
         }
