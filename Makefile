@@ -17,6 +17,7 @@ DENY_VERSION := 0.20.2
 DENY       := $(TOOLS)/bin/cargo-deny
 VENV       := .venv
 WHEELS     := $(abspath $(TARGET_DIR))/wheels
+K8S_VENV   := $(TOOLS)/k8s-venv
 WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
 
 # What the long run of bench-loss compares: dense training, and the defaults.
@@ -25,7 +26,7 @@ LONG_CELLS := 'dense adamw,arc ef14 d0.2 int4 catchup20 sketch-int8 warm-int8'
 .PHONY: help
 help: ## list the targets
 	@echo 'arc-topk: data-parallel training through sharded parameter servers. Targets:'
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-16s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo "More arguments for a target's command: make demo ARGS='--steps 100'"
 
 .PHONY: demo
@@ -80,6 +81,16 @@ python-lint: $(VENV)/.ready ## lint the Python sources and check their types
 python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
 	$(CARGO) build --quiet --locked --workspace --bins
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
+
+$(K8S_VENV)/.ready: k8s/tests/requirements.txt
+	$(PYTHON) -m venv '$(K8S_VENV)'
+	'$(K8S_VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement '$<'
+	touch '$@'
+
+.PHONY: k8s-test
+k8s-test: $(K8S_VENV)/.ready ## render and check the Helm chart with Helm 3 and 4
+	$(CARGO) build --quiet --locked --workspace --bins
+	cd k8s && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(K8S_VENV)/bin/pytest' $(ARGS)
 
 .PHONY: docs
 docs: ## build the API documentation, warnings denied
@@ -136,6 +147,19 @@ bench-loss: ## losses by compressor, feedback, optimizer, density and wire type 
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
 	  --validate-every 100 --rates 0.0005,0.001,0.002 --cells $(LONG_CELLS) $(ARGS)
+
+.PHONY: bench-compare
+bench-compare: python ## losses and bytes in PyTorch beside all-reduce, the bf16 hook and PowerSGD (an hour or two; goes on where it stopped)
+	@$(PYTHON) worker/data/fetch.py shakespeare reviews minilm
+	'$(VENV)/bin/python' worker/python/bench/compare.py $(ARGS)
+
+.PHONY: bench-overhead
+bench-overhead: python ## what averaging costs a PyTorch worker in time and memory, beside gloo
+	'$(VENV)/bin/python' worker/python/bench/overhead.py $(ARGS)
+
+.PHONY: bench-optimizer
+bench-optimizer: python ## catch-up AdamW beside PyTorch's
+	'$(VENV)/bin/python' worker/python/bench/optimizer.py $(ARGS)
 
 .PHONY: chaos
 chaos: ## a job whose processes are killed, stopped and cut off while it trains: stalls and loss (root for namespaces; ARGS='--kills 100')

@@ -73,6 +73,9 @@ class Fashion:
         return (images.float()[:, None] - 73.0) / 90.0, labels.long()
 
 
+TASK = Fashion
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=16, help="channels of the first convolution")
@@ -81,4 +84,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    training.run(arguments(), Fashion)
+    training.run(arguments(), TASK)

@@ -83,6 +83,9 @@ class Text:
         return windows[:, :-1], windows[:, 1:]
 
 
+TASK = Text
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--text", help="a text file (default: Shakespeare, as worker/data/fetch.py fetches it)")
@@ -95,4 +98,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    training.run(arguments(), Text)
+    training.run(arguments(), TASK)

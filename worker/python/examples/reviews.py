@@ -85,6 +85,9 @@ class Reviews:
         return tokens[:, :longest]
 
 
+TASK = Reviews
+
+
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--length", type=int, default=48, help="tokens of a sentence that are looked at")
@@ -93,4 +96,4 @@ def arguments() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    training.run(arguments(), Reviews)
+    training.run(arguments(), TASK)
