@@ -85,13 +85,15 @@ ARC_DEVICE void add_columns(float (&sums)[SKETCH_ROWS][HELD<RANKS>], const float
 template <int RANKS, bool ANY, bool GAUSSIAN, bool VECTOR>
 ARC_DEVICE void add_rows(float (&sums)[SKETCH_ROWS][HELD<RANKS>], Found &found, const uint32_t *bits, const Segment &segment,
                          const SketchTile &tile, const Row (&rows)[SKETCH_ROWS], uint32_t j0) {
+    // Gaussian entries take the registers that another step would.
+    constexpr int STEPS = GAUSSIAN ? 1 : SKETCH_STEPS;
     const uint32_t step = 4 * tile.lanes;
-    for (uint32_t c0 = VECTOR ? 4 * tile.lane : tile.lane; c0 < tile.columns; c0 += step * SKETCH_STEPS) {
-        Raw g[SKETCH_STEPS][SKETCH_ROWS];
-        float old[SKETCH_STEPS][SKETCH_ROWS][4] = {}, h[SKETCH_STEPS][SKETCH_ROWS][4] = {};
+    for (uint32_t c0 = VECTOR ? 4 * tile.lane : tile.lane; c0 < tile.columns; c0 += step * STEPS) {
+        Raw g[STEPS][SKETCH_ROWS];
+        float old[STEPS][SKETCH_ROWS][4] = {}, h[STEPS][SKETCH_ROWS][4] = {};
         // All loads first: they are independent, and the memory is far away.
 #pragma unroll
-        for (int s = 0; s < SKETCH_STEPS; s++) {
+        for (int s = 0; s < STEPS; s++) {
 #pragma unroll
             for (int i = 0; i < SKETCH_ROWS; i++) {
                 const uint32_t c = c0 + s * step;
@@ -102,7 +104,7 @@ ARC_DEVICE void add_rows(float (&sums)[SKETCH_ROWS][HELD<RANKS>], Found &found, 
             }
         }
 #pragma unroll
-        for (int s = 0; s < SKETCH_STEPS; s++) {
+        for (int s = 0; s < STEPS; s++) {
             const uint32_t c = c0 + s * step;
             float x[SKETCH_ROWS][4];
 #pragma unroll
