@@ -18,6 +18,7 @@ DENY       := $(TOOLS)/bin/cargo-deny
 VENV       := .venv
 WHEELS     := $(abspath $(TARGET_DIR))/wheels
 K8S_VENV   := $(TOOLS)/k8s-venv
+DASH       := $(TOOLS)/dashboards
 WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
 
 # What the long run of bench-loss compares: dense training, and the defaults.
@@ -81,6 +82,19 @@ python-lint: $(VENV)/.ready ## lint the Python sources and check their types
 python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
 	$(CARGO) build --quiet --locked --workspace --bins
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
+
+$(DASH)/.ready: dashboards/tests/requirements.txt dashboards/package-lock.json dashboards/tools/prometheus.py
+	$(PYTHON) -m venv '$(DASH)/venv'
+	'$(DASH)/venv/bin/pip' install --quiet --disable-pip-version-check --requirement dashboards/tests/requirements.txt
+	cd dashboards && PATH='$(DASH)/venv/bin':"$$PATH" npm ci --silent
+	$(PYTHON) dashboards/tools/prometheus.py '$(DASH)/prometheus'
+	touch '$@'
+
+.PHONY: dashboards-test
+dashboards-test: $(DASH)/.ready ## check dashboards and alerts, and watch a real job with a real Prometheus
+	$(CARGO) build --quiet --locked --workspace --bins
+	cd dashboards && '$(DASH)/venv/bin/ruff' check --quiet . && '$(DASH)/venv/bin/mypy' --no-error-summary
+	cd dashboards && ARC_DASHBOARD_TOOLS='$(DASH)' ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(DASH)/venv/bin/pytest' $(ARGS)
 
 $(K8S_VENV)/.ready: k8s/tests/requirements.txt
 	$(PYTHON) -m venv '$(K8S_VENV)'

@@ -178,13 +178,16 @@ class Exchange:
         return self.session.begin()
 
     def push(self, index: int, gradient: torch.Tensor) -> None:
-        """Hands over a gradient. It is on its way as soon as its bucket is complete."""
-        gradient = gradient.detach()
-        if gradient.device.type != "cpu":
-            gradient = gradient.to("cpu")
-        if not _is_dense(gradient):
-            gradient = gradient.contiguous()
-        self.session.push(index, gradient.data_ptr(), gradient.numel(), dtype_name(gradient), 1.0 / self._scale)
+        """Hands over a gradient. It is on its way as soon as its bucket is complete.
+
+        One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use.
+        """
+        values = gradient.detach().to("cpu", torch.float32)
+        if not _is_dense(values):
+            values = values.contiguous()
+        if self._scale != 1.0:
+            values.mul_(1.0 / self._scale)
+        self.session.lend(index, values, values.data_ptr(), values.numel())
 
     def finish(self, results: Iterable[tuple[int, torch.Tensor]]) -> _native.Outcome:
         """Waits for the step, and writes the means to these tensors.

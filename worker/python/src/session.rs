@@ -71,12 +71,39 @@ impl From<&StepOutcome> for Outcome {
 /// Step, update, and arrays of little-endian f32 by name.
 type Exported<'py> = (u64, u64, Vec<(String, Bound<'py, PyBytes>)>);
 
+/// Where a result goes: `(tensor, address, elements, dtype)`.
+type Target = (u32, usize, usize, String);
+
 /// Fresh rows of each tensor of the last step: `None` for all of them.
 type Rows = Vec<Option<Vec<u32>>>;
 
 struct Held {
+    /// Dropped before the tensors that it was lent.
     reducer: QuicReducer,
     rows: Rows,
+    /// Holds the tensors that the reducer works in.
+    lent: Vec<Py<PyAny>>,
+}
+
+impl Held {
+    /// The reducer gives back what it was lent; who held it may let go of it.
+    fn give_back(&mut self) -> Vec<Py<PyAny>> {
+        self.reducer.give_back();
+        std::mem::take(&mut self.lent)
+    }
+
+    /// Where the results of each tensor go.
+    fn targets(&self, tensors: Vec<Target>) -> PyResult<Vec<Vec<Memory>>> {
+        let mut wanted = vec![Vec::new(); self.rows.len()];
+        for (tensor, address, elements, dtype) in tensors {
+            let memory = Memory::new(address, elements, &dtype)?;
+            let of: &mut Vec<Memory> = wanted
+                .get_mut(tensor as usize)
+                .ok_or_else(|| super::errors::config(format!("there is no tensor {tensor}")))?;
+            of.push(memory);
+        }
+        Ok(wanted)
+    }
 }
 
 /// A worker's place in a job. One step is `begin`, `push` for every tensor, `finish`, `results`.
@@ -185,7 +212,11 @@ impl Session {
         let reducer = connected.map_err(|error| connecting(&error))?;
         let rows = vec![None; reducer.plan().tensors.len()];
         Ok(Self {
-            held: Mutex::new(Some(Held { reducer, rows })),
+            held: Mutex::new(Some(Held {
+                reducer,
+                rows,
+                lent: Vec::new(),
+            })),
         })
     }
 
@@ -262,54 +293,49 @@ impl Session {
         })
     }
 
-    /// Hands over a tensor's gradient, times `factor`: `elements` contiguous elements at `address`, read during the call.
-    #[pyo3(signature = (tensor, address, elements, dtype, factor = 1.0))]
-    fn push(
+    /// Hands over a tensor's gradient: `elements` contiguous elements of float32 at `address`, which is in the memory of `owner`.
+    /// The reducer works there until the results are taken, which then lie there.
+    fn lend(
         &self,
         py: Python<'_>,
         tensor: u32,
+        owner: Py<PyAny>,
         address: usize,
         elements: usize,
-        dtype: &str,
-        factor: f32,
     ) -> PyResult<()> {
-        let memory = Memory::new(address, elements, dtype)?;
-        self.with(py, |held| {
-            let gradient = memory.read(factor);
-            let pushed = held.reducer.push(TensorId(tensor), &gradient);
+        let lent = Memory::new(address, elements, "float32")?.lend();
+        self.with(py, move |held| {
+            held.lent.push(owner);
+            let pushed = match lent {
+                Some(lent) => held.reducer.lend(TensorId(tensor), lent),
+                None => held.reducer.push(TensorId(tensor), &[]),
+            };
             pushed.map_err(|error| reducing(&error))
         })
     }
 
     /// Waits until every round of the step has closed, and commits.
     fn finish(&self, py: Python<'_>) -> PyResult<Outcome> {
-        self.with(py, |held| {
+        let (outcome, lent) = self.with(py, |held| {
             let outcome = held.reducer.finish().map_err(|error| reducing(&error))?;
-            Ok(Outcome::from(&outcome))
-        })
+            let lent = if outcome.skipped {
+                held.give_back()
+            } else {
+                Vec::new()
+            };
+            Ok((Outcome::from(&outcome), lent))
+        })?;
+        // Here, where the interpreter's lock is held.
+        drop(lent);
+        Ok(outcome)
     }
 
-    /// Writes results, times `factor`, to tensors: `(tensor, address, elements, dtype)` of each.
+    /// Writes results, times `factor`, to tensors: `(tensor, address, elements, dtype)` of each. What was lent is given back.
     #[pyo3(signature = (tensors, factor = 1.0))]
-    fn results(
-        &self,
-        py: Python<'_>,
-        tensors: Vec<(u32, usize, usize, String)>,
-        factor: f32,
-    ) -> PyResult<()> {
-        self.with(py, |held| {
-            let mut wanted = vec![Vec::new(); held.rows.len()];
-            for (tensor, address, elements, dtype) in tensors {
-                let memory = Memory::new(address, elements, &dtype)?;
-                match wanted.get_mut(tensor as usize) {
-                    Some(of) => of.push(memory),
-                    None => {
-                        return Err(super::errors::config(format!(
-                            "there is no tensor {tensor}"
-                        )));
-                    }
-                }
-            }
+    fn results(&self, py: Python<'_>, tensors: Vec<Target>, factor: f32) -> PyResult<()> {
+        let lent = self.with(py, |held| {
+            let mut wanted = held.targets(tensors)?;
+            let mut in_place = Vec::new();
             let (mut written, rows) = (Ok(()), &mut held.rows);
             held.reducer.for_each_result(&mut |result| {
                 let index = result.tensor.index();
@@ -317,14 +343,20 @@ impl Session {
                     RowsCame::All => None,
                     RowsCame::Rows(rows) => Some(rows.to_vec()),
                 };
-                for memory in &mut wanted[index] {
-                    if written.is_ok() {
+                for mut memory in wanted[index].drain(..) {
+                    if memory.holds(result.values) {
+                        in_place.push(memory);
+                    } else if written.is_ok() {
                         written = memory.write(result.values, factor);
                     }
                 }
             });
-            written
-        })
+            let lent = held.give_back();
+            in_place.iter_mut().for_each(|memory| memory.scale(factor));
+            written.map(|()| lent)
+        })?;
+        drop(lent);
+        Ok(())
     }
 
     /// Fresh rows of a tensor in the last results, ascending, as little-endian u32; `None` for all of them.

@@ -1,9 +1,10 @@
 //! The only place where an address that Python gives becomes a slice.
 #![allow(unsafe_code, reason = "tensors are used in place, by their address")]
 
+use arc_topk_worker::backend::Lent;
 use half::{bf16, f16};
 use pyo3::{PyErr, PyResult};
-use std::borrow::Cow;
+use std::ptr::NonNull;
 
 /// A tensor's element type.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -61,30 +62,35 @@ impl Memory {
         })
     }
 
-    fn slice<T>(&self) -> &[T] {
-        if self.elements == 0 {
-            return &[];
-        }
-        // SAFETY: by the contract of `new`, which every caller of the Python half keeps by holding the tensor: the memory is
-        // there, of this type, and not written during the call. Alignment and length were checked.
-        unsafe { std::slice::from_raw_parts(self.address as *const T, self.elements) }
-    }
-
     fn slice_mut<T>(&mut self) -> &mut [T] {
         if self.elements == 0 {
             return &mut [];
         }
-        // SAFETY: as above, and nobody else reads it during the call.
+        // SAFETY: by the contract of `new`, which every caller of the Python half keeps by holding the tensor: the memory is
+        // there, of this type, and used by nobody else during the call. Alignment and length were checked.
         unsafe { std::slice::from_raw_parts_mut(self.address as *mut T, self.elements) }
     }
 
-    /// Its values times `factor`: in place where they are f32 already and the factor is 1.
-    pub(crate) fn read(&self, factor: f32) -> Cow<'_, [f32]> {
-        match self.element {
-            Element::F32 if factor == 1.0 => Cow::Borrowed(self.slice::<f32>()),
-            Element::F32 => scaled(self.slice::<f32>().iter().copied(), factor),
-            Element::Bf16 => scaled(self.slice::<bf16>().iter().map(|v| v.to_f32()), factor),
-            Element::F16 => scaled(self.slice::<f16>().iter().map(|v| v.to_f32()), factor),
+    /// Lends float32 elements to a reducer, which works in their place; `None` for other types.
+    ///
+    /// The caller must hold the tensor, and leave it alone, until the reducer has given it back.
+    pub(crate) fn lend(&self) -> Option<Lent> {
+        let address = NonNull::new(self.address as *mut f32)?;
+        // SAFETY: the memory is there by the contract of `new`, and stays there: the session holds the tensor until it has
+        // called `give_back`, or has dropped the reducer. Alignment and length were checked.
+        (self.element == Element::F32).then(|| unsafe { Lent::new(address, self.elements) })
+    }
+
+    /// Whether it is where these values lie.
+    pub(crate) fn holds(&self, values: &[f32]) -> bool {
+        self.element == Element::F32 && std::ptr::eq(self.address as *const f32, values.as_ptr())
+    }
+
+    /// Multiplies the elements by `factor`.
+    pub(crate) fn scale(&mut self, factor: f32) {
+        let scaled = |value: &mut f32| *value *= factor;
+        if factor != 1.0 && self.element == Element::F32 {
+            self.slice_mut::<f32>().iter_mut().for_each(scaled);
         }
     }
 
@@ -108,10 +114,6 @@ impl Memory {
         }
         Ok(())
     }
-}
-
-fn scaled(values: impl Iterator<Item = f32>, factor: f32) -> Cow<'static, [f32]> {
-    Cow::Owned(values.map(|value| value * factor).collect())
 }
 
 fn fill<T>(to: &mut [T], values: impl Iterator<Item = T>) {
