@@ -46,7 +46,7 @@ def run(python: Path, *arguments: str) -> str:
     """What it prints, with nothing on PATH but the environment, so without a compiler, and without a GPU."""
     environment = {"PATH": str(python.parent), "HOME": str(python.parent), "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [str(python), *arguments], env=environment, cwd=python.parent, capture_output=True, text=True, timeout=240, check=False
+        [str(python), *arguments], env=environment, cwd=python.parent, capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -180,6 +180,6 @@ def test_a_worker_trains_without_torch_distributed(shards, tmp_path):
     environment = os.environ | shards(1, 1).environment() | {"RANK": "0", "WORLD_SIZE": "1"}
     command = [sys.executable, "-c", WITHOUT]
     # Not here, where the sources lie, which have no native half.
-    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "2"
