@@ -93,23 +93,22 @@ unsigned count(unsigned from, unsigned to, State state) {
     return n;
 }
 
-// Releases whoever waits for nobody any more; whether there was anyone.
-bool release(unsigned threads) {
-    bool released = false;
-    for (unsigned warp = 0; warp < threads; warp += WARP) {
-        if (count(warp, warp + WARP, State::in_warp) < WARP) continue;
-        for (unsigned i = warp; i < warp + WARP; i++) fibers[i]->state = State::ready;
-        released = true;
+// Lets a warp go on from a shuffle that all of it has come to.
+bool release_warp(unsigned warp) {
+    if (count(warp, warp + WARP, State::in_warp) < WARP) return false;
+    for (unsigned i = warp; i < warp + WARP; i++) fibers[i]->state = State::ready;
+    return true;
+}
+
+// Lets the block go on from a barrier that all of it has come to.
+bool release_block(unsigned threads) {
+    if (count(0, threads, State::at_barrier) < threads) return false;
+    barrier_answer = 0;
+    for (unsigned i = 0; i < threads; i++) {
+        barrier_answer += fibers[i]->yes;
+        fibers[i]->state = State::ready;
     }
-    if (!released && count(0, threads, State::at_barrier) == threads) {
-        barrier_answer = 0;
-        for (unsigned i = 0; i < threads; i++) {
-            barrier_answer += fibers[i]->yes;
-            fibers[i]->state = State::ready;
-        }
-        released = true;
-    }
-    return released;
+    return true;
 }
 
 struct Random {
@@ -130,18 +129,27 @@ std::vector<unsigned> shuffled(unsigned count, Random &random, bool permute) {
     return order;
 }
 
-void run_block(unsigned threads, const std::vector<unsigned> &order) {
+// A warp runs as far ahead of the others as it can, to the next barrier: where one is missing, somebody reads what is not there
+// yet, or no longer.
+void run_warp(unsigned warp, const std::vector<unsigned> &lanes) {
+    do {
+        for (unsigned lane : lanes) {
+            while (fibers[warp + lane]->state == State::ready) run(warp + lane);
+        }
+    } while (release_warp(warp));
+}
+
+void run_block(unsigned threads, const std::vector<unsigned> &warps, const std::vector<unsigned> &lanes) {
     std::memset(block_memory, 0xff, sizeof block_memory);
     for (unsigned i = 0; i < threads; i++) {
         fibers[i]->state = State::ready;
         fibers[i]->shuffles = 0;
     }
-    for (;;) {
-        for (unsigned number : order) {
-            while (fibers[number]->state == State::ready) run(number);
-        }
-        if (count(0, threads, State::done) == threads) return;
-        if (!release(threads)) give_up("threads wait for others that never come: a barrier or shuffle in divergent code");
+    do {
+        for (unsigned warp : warps) run_warp(warp * WARP, lanes);
+    } while (release_block(threads));
+    if (count(0, threads, State::done) < threads) {
+        give_up("threads wait for others that never come: a barrier or shuffle in divergent code");
     }
 }
 
@@ -204,7 +212,7 @@ extern "C" int arc_emulate(const char *name, const unsigned grid[3], const unsig
     Random random{seed};
     for (unsigned number : shuffled(grid[0], random, seed != 0)) {
         block_index = {number, 0, 0};
-        run_block(block[0], shuffled(block[0], random, seed != 0));
+        run_block(block[0], shuffled(block[0] / WARP, random, seed != 0), shuffled(WARP, random, seed != 0));
     }
     return 0;
 }
