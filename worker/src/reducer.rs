@@ -167,8 +167,11 @@ pub trait Reducer: Send {
         self.push(tensor, gradient.values())
     }
 
-    /// Ends all loans of [`lend`](Reducer::lend). Call it after `for_each_result`, or a skipped step.
-    fn give_back(&mut self) {}
+    /// Ends all loans of [`lend`](Reducer::lend). Call it after `for_each_result`, or a skipped step. False: a step is open, and
+    /// they go on.
+    fn give_back(&mut self) -> bool {
+        true
+    }
 
     /// Waits until every round of the step has closed, and commits.
     ///

@@ -24,7 +24,7 @@ class Rule:
     betas: tuple[float, float]
     eps: float
     weight_decay: float
-    #: Learning rates of the last steps, this one's first. The first ones of a run stand for those before it.
+    #: Learning rates of the last steps, this one's first. Before the first step of a run there are none.
     rates: list[float]
     cap: int
     maximize: bool
@@ -51,6 +51,10 @@ class Came:
     width: int
 
 
+#: What the native call reads and writes of a state, as which type.
+_STATE = {"exp_avg": torch.float32, "exp_avg_sq": torch.float32, "last": torch.int64, "seen": torch.int64}
+
+
 def in_place(rule: Rule, tensors: list[Came]) -> None:
     """In one native call, without the interpreter's lock. What it cannot work on goes to :func:`by_foreach`."""
     own: list[Came] = []
@@ -72,15 +76,28 @@ def in_place(rule: Rule, tensors: list[Came]) -> None:
         )
         for came in own:
             came.state["step"] += 1
+            _written(came.parameter)
     if others:
         by_foreach(rule, others)
+
+
+def _written(tensor: torch.Tensor) -> None:
+    """A graph that was kept must notice, as it does after torch's own optimizers."""
+    increment = getattr(torch.autograd.graph, "increment_version", None)
+    if increment is not None:
+        increment(tensor)
 
 
 def _is_native(came: Came) -> bool:
     host = came.parameter.device.type == "cpu" and came.gradient.device.type == "cpu"
     known = came.parameter.dtype in _DTYPES and came.gradient.dtype == came.parameter.dtype
-    kept = all(came.state[name].is_contiguous() for name in ("exp_avg", "exp_avg_sq", "last", "seen"))
-    return host and known and kept and _is_dense(came.parameter)
+    kept = all(_is_plain(came.state[name], dtype) for name, dtype in _STATE.items())
+    rows = came.rows is None or (came.rows.dtype == torch.int64 and came.rows.device.type == "cpu")
+    return host and known and kept and rows and _is_dense(came.parameter)
+
+
+def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
+    return tensor.is_contiguous() and tensor.dtype == dtype and tensor.device.type == "cpu"
 
 
 def _described(came: Came, gradient: torch.Tensor, rows: torch.Tensor | None) -> tuple[Any, ...]:

@@ -29,9 +29,7 @@ def dtype_name(tensor: torch.Tensor) -> str:
     try:
         return _DTYPES[tensor.dtype]
     except KeyError:
-        raise _native.ConfigError(
-            f"a tensor of {tensor.dtype} cannot be averaged: use float32, bfloat16 or float16"
-        ) from None
+        raise _native.ConfigError(f"a tensor of {tensor.dtype} cannot be averaged: use float32, bfloat16 or float16") from None
 
 
 def _is_dense(tensor: torch.Tensor) -> bool:
@@ -118,6 +116,8 @@ class Exchange:
         self.config = config
         self.peers = peers
         self.summary = Summary()
+        #: Whether what is exchanged is the gradients of the tensors.
+        self.carries_gradients = True
         self._lock = threading.Lock()
         self._news: _News | None = None
         self._loss: float | torch.Tensor | None = None
@@ -212,7 +212,10 @@ class Exchange:
         for index, tensor in results:
             target = tensor
             if tensor.device.type != "cpu" or not _is_dense(tensor):
-                target = torch.empty(tensor.shape, dtype=tensor.dtype)
+                # Its elements lie as those that were pushed did.
+                target = (
+                    torch.empty_like(tensor, device="cpu") if _is_dense(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype)
+                )
                 staged.append((tensor, target))
             targets.append((index, target.data_ptr(), target.numel(), dtype_name(target)))
         self.session.results(targets, self._scale)

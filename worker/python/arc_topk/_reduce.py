@@ -27,12 +27,12 @@ def all_reduce(
     the next call's tensors, which is right for gradients; ``all_reduce(tensors, compressor="dense")`` brings exact means.
     """
     global _own
-    named = list(tensors.items()) if isinstance(tensors, Mapping) else [
-        (f"tensor.{at}", tensor) for at, tensor in enumerate(tensors)
-    ]
+    named = (
+        list(tensors.items()) if isinstance(tensors, Mapping) else [(f"tensor.{at}", tensor) for at, tensor in enumerate(tensors)]
+    )
     shapes = [(tuple(tensor.shape), tensor.dtype) for _, tensor in named]
     if _own is None or _state._exchange is not _own[0]:
-        _own = (open_exchange(named, Config.of(config, settings)), shapes)
+        _own = (open_exchange(named, Config.of(config, settings), gradients=False), shapes)
     exchange, known = _own
     if shapes != known:
         raise _native.ConfigError(

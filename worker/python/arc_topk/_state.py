@@ -49,14 +49,19 @@ def open_exchange(
     trainer: str = "",
     state: Mapping[str, Any] | None = None,
     elastic: bool = False,
+    gradients: bool = True,
 ) -> Exchange:
-    """Joins the job with these tensors. A process is one worker, and has one exchange at a time."""
+    """Joins the job with these tensors. A process is one worker, and has one exchange at a time.
+
+    ``gradients``: what is exchanged is the gradients of these tensors, so that optimizers may ask which of their rows came.
+    """
     global _exchange
     if _exchange is not None:
         raise _native.ConfigError(
             "this process is a member of a job already: call arc_topk.shutdown() before it joins with other tensors"
         )
     _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state, elastic=elastic)
+    _exchange.carries_gradients = gradients
     return _exchange
 
 
@@ -70,8 +75,8 @@ def exchange() -> Exchange:
 
 
 def exchange_of(parameter: torch.Tensor) -> tuple[Exchange, int] | None:
-    """The exchange that averages this tensor, and its place there."""
-    if _exchange is None:
+    """The exchange that averages this tensor's gradients, and its place there."""
+    if _exchange is None or not _exchange.carries_gradients:
         return None
     index = _exchange.index.get(id(parameter))
     return None if index is None else (_exchange, index)

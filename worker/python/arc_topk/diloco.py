@@ -38,6 +38,9 @@ class _Local:
         self._arc_local.stepped()
         return result
 
+    # As in the wrapper: the optimizer's own step has torch's hooks.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def synchronize(self) -> None:
         """Averages now. All workers must call it after the same number of steps."""
         self._arc_local.synchronize()
@@ -170,7 +173,7 @@ def LocalSGD(  # noqa: N802 - it stands for a class
     # A warm-up of as many dense rounds as usual would be thousands of steps here.
     config = Config.of(config, settings if config is not None else {"warmup_updates": 1} | settings)
     named = [(name, p) for name, p in named_parameters if p.requires_grad]
-    exchange = open_exchange(named, config, trainer=f"sync_every={sync_every}\n", elastic=elastic)
+    exchange = open_exchange(named, config, trainer=f"sync_every={sync_every}\n", elastic=elastic, gradients=False)
     wrapped = extended(optimizer, _Local)
     averager = _Averager(
         exchange,

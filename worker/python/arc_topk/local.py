@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import pickle
 import socket
 import tempfile
 import traceback
@@ -14,9 +15,7 @@ from typing import Any
 from . import _native, _state
 
 
-def local(
-    function: Callable[..., Any], *arguments: Any, workers: int = 2, shards: int = 2, job: str = "local"
-) -> list[Any]:
+def local(function: Callable[..., Any], *arguments: Any, workers: int = 2, shards: int = 2, job: str = "local") -> list[Any]:
     """Calls ``function(*arguments)`` in as many processes, each a worker of one job; what they returned, by rank.
 
     Shards, certificates and torchrun's variables (``RANK``, ``LOCAL_RANK``, ``WORLD_SIZE``, ``MASTER_ADDR``,
@@ -65,7 +64,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], workers: int,
                 assert isinstance(ready, Connection)
                 rank = waiting.pop(ready)
                 try:
-                    error, result = ready.recv()
+                    error, result = pickle.loads(ready.recv_bytes())
                 except EOFError:
                     started[rank][0].join()
                     code = started[rank][0].exitcode
@@ -81,15 +80,14 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], workers: int,
     return [results[rank] for rank in range(workers)]
 
 
-def _worker(
-    answer: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]
-) -> None:
+def _worker(answer: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
     os.environ.update(environment)
     try:
         result = function(*arguments)
         _state.shutdown()
-        answer.send((None, result))
+        # By value: tensors would be shared with a process that is about to end.
+        answer.send_bytes(pickle.dumps((None, result)))
     except BaseException:  # noqa: BLE001 - raised by the parent
-        answer.send((traceback.format_exc(), None))
+        answer.send_bytes(pickle.dumps((traceback.format_exc(), None)))
     finally:
         _state.shutdown()

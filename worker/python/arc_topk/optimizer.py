@@ -32,6 +32,9 @@ class _Averaging:
         self._arc.stepped()
         return result
 
+    # The optimizer's own step, which it calls, has torch's hooks: they must not be put around this one as well.
+    step.hooked = True  # type: ignore[attr-defined]
+
     def no_sync(self) -> Any:
         """In this context gradients only add up, as under DistributedDataParallel's ``no_sync``."""
         return self._arc.no_sync()
@@ -81,6 +84,16 @@ def extended(optimizer: torch.optim.Optimizer, more: type) -> Any:
     return wrapped
 
 
+def _is_alone(gradient: torch.Tensor) -> bool:
+    """Whether nothing else uses the gradient's memory, which the worker computes in.
+
+    Autograd hands on what it can: two gradients of one sum, or one and what a backward function still reads, may lie in one place.
+    """
+    count = getattr(torch._C, "_storage_Use_Count", None)
+    # Two: the tensor's own, and that of the object that is asked.
+    return count is not None and count(gradient.untyped_storage()._cdata) <= 2
+
+
 class _Averager:
     """Pushes gradients as backward makes them, and puts the means in their place when it ends."""
 
@@ -111,10 +124,12 @@ class _Averager:
         if index in self._pushed:
             raise _native.ConfigError(
                 f"{self.exchange.names[index]} got a second gradient in one backward pass: call backward once a step, and the "
-                "passes before it under no_sync()"
+                "passes before it under no_sync(); or the pass before was broken off by an error: make the optimizer anew"
             )
         gradient = parameter.grad
         assert gradient is not None
+        if not _is_alone(gradient):
+            gradient = parameter.grad = gradient.clone()
         self._pushed.add(index)
         self._unless_lost(lambda: self.exchange.push(index, gradient))
 

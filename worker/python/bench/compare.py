@@ -14,6 +14,7 @@ import argparse
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import os
 import socket
@@ -148,12 +149,18 @@ def key(task: str, name: str, args: argparse.Namespace) -> str:
     return json.dumps([task, name, vars(args)], sort_keys=True)
 
 
+def loss_of(result: dict[str, Any]) -> float:
+    """A run that came apart is the worst."""
+    loss = float(result["validation"]["loss"])
+    return math.inf if math.isnan(loss) else loss
+
+
 def table(task: str, results: list[dict[str, Any]]) -> str:
     """Each way at its best rate, as Markdown."""
     best: dict[str, dict[str, Any]] = {}
     for result in results:
         name = result["name"]
-        if name not in best or result["validation"]["loss"] < best[name]["validation"]["loss"]:
+        if name not in best or loss_of(result) < loss_of(best[name]):
             best[name] = result
     measures = list(results[0]["validation"])
     dense = best.get(WAYS[0].name)
@@ -206,6 +213,9 @@ def main() -> None:
                 f"{result.bytes_per_step / 1e3:.1f} kB a step, {time.monotonic() - begun:.0f} s",
                 flush=True,
             )
+        # Not those with other settings, which the file may hold as well.
+        wanted = {key(task, name, settings) for name, _, settings in todo}
+        results = [result for result in results if result["key"] in wanted]
         if results:
             text = table(task, results)
             (args.out / f"{task}.md").write_text(text)

@@ -90,7 +90,8 @@ def averaged(net: nn.Module, optimizer: Any, args: argparse.Namespace) -> tuple[
     if args.form == "wrapper":
         return net, arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     # PowerSGD's hook over gloo works with one bucket alone.
-    model = DistributedDataParallel(net, bucket_cap_mb=2000 if args.method == "powersgd" else 25)
+    # Buffers are constants here: what all-reduce sends of them in each step would be counted with the gradients.
+    model = DistributedDataParallel(net, bucket_cap_mb=2000 if args.method == "powersgd" else 25, broadcast_buffers=False)
     if args.method == "powersgd":
         state = powersgd.PowerSGDState(
             None, matrix_approximation_rank=args.rank, start_powerSGD_iter=args.warmup, random_seed=args.seed
@@ -168,6 +169,10 @@ def run(parser: argparse.ArgumentParser, make: Callable[[argparse.Namespace], Ta
     args = parser.parse_args()
     if args.method in _DDP_ONLY and args.form != "ddp":
         parser.error(f"{args.method} is a hook of DistributedDataParallel: use --form ddp")
+    if args.method == "powersgd" and args.warmup < 2:
+        parser.error("PowerSGD with error feedback needs a --warmup of 2 steps at least")
+    if args.steps <= args.warmup + 1:
+        parser.error("bytes are counted after the warm-up: give more --steps, or a shorter --warmup")
     alone = loopback.isolate()
     result = arc_topk.local(train, args, make, workers=args.workers)[0]
     said = ", ".join(f"{name} {value:.4f}" for name, value in result.validation.items())

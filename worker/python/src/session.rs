@@ -9,6 +9,7 @@ use arc_topk_worker::session::{NetEvent, QuicReducer};
 use arc_topk_worker::step::{RowsCame, StepOutcome, WorkerState};
 use pyo3::prelude::*;
 use pyo3::types::PyBytes;
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, mpsc};
 use std::time::Duration;
 
@@ -83,13 +84,33 @@ struct Held {
     rows: Rows,
     /// Holds the tensors that the reducer works in.
     lent: Vec<Py<PyAny>>,
+    /// Where they lie: starts, and ends.
+    spans: BTreeMap<usize, usize>,
 }
 
 impl Held {
     /// The reducer gives back what it was lent; who held it may let go of it.
     fn give_back(&mut self) -> Vec<Py<PyAny>> {
-        self.reducer.give_back();
+        if !self.reducer.give_back() {
+            return Vec::new();
+        }
+        self.spans.clear();
         std::mem::take(&mut self.lent)
+    }
+
+    /// Each place can be lent once: the reducer changes it.
+    fn claim(&mut self, address: usize, elements: usize) -> PyResult<()> {
+        let end = address.saturating_add(elements * size_of::<f32>());
+        let before = self.spans.range(..end).next_back();
+        if before.is_some_and(|(_, other)| *other > address) {
+            return Err(super::errors::config(
+                "two gradients of a step lie in the same memory: give each its own, by clone()",
+            ));
+        }
+        if elements > 0 {
+            self.spans.insert(address, end);
+        }
+        Ok(())
     }
 
     /// Where the results of each tensor go.
@@ -106,7 +127,7 @@ impl Held {
     }
 }
 
-/// A worker's place in a job. One step is `begin`, `push` for every tensor, `finish`, `results`.
+/// A worker's place in a job. One step is `begin`, `lend` for every tensor, `finish`, `results`.
 #[pyclass(frozen, module = "arc_topk._native")]
 pub(crate) struct Session {
     held: Mutex<Option<Held>>,
@@ -216,6 +237,7 @@ impl Session {
                 reducer,
                 rows,
                 lent: Vec::new(),
+                spans: BTreeMap::new(),
             })),
         })
     }
@@ -288,6 +310,7 @@ impl Session {
     /// Opens a step. True: the job has closed it without this worker, so that no gradients are needed.
     fn begin(&self, py: Python<'_>) -> PyResult<bool> {
         self.with(py, |held| {
+            held.spans.clear();
             let StepStart { behind } = held.reducer.begin().map_err(|e| reducing(&e))?;
             Ok(behind)
         })
@@ -305,6 +328,7 @@ impl Session {
     ) -> PyResult<()> {
         let lent = Memory::new(address, elements, "float32")?.lend();
         self.with(py, move |held| {
+            held.claim(address, elements)?;
             held.lent.push(owner);
             let pushed = match lent {
                 Some(lent) => held.reducer.lend(TensorId(tensor), lent),

@@ -83,7 +83,8 @@ impl Memory {
 
     /// Whether it is where these values lie.
     pub(crate) fn holds(&self, values: &[f32]) -> bool {
-        self.element == Element::F32 && std::ptr::eq(self.address as *const f32, values.as_ptr())
+        let same = std::ptr::eq(self.address as *const f32, values.as_ptr());
+        same && self.element == Element::F32 && self.elements == values.len()
     }
 
     /// Multiplies the elements by `factor`.

@@ -7,6 +7,8 @@ import os
 import sys
 from pathlib import Path
 
+import torch
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -16,5 +18,15 @@ def train(_rank: int, cache: str, name: str, arguments: list[str]) -> dict[str, 
         sys.path.insert(0, str(EXAMPLES))
     os.environ["ARC_DATA_CACHE"] = cache
     example, training = importlib.import_module(name), importlib.import_module("training")
-    result = training.train(example.arguments().parse_args(arguments), example.TASK)
-    return {**result.validation, "bytes": result.bytes, "bytes_per_step": result.bytes_per_step}
+    args = example.arguments().parse_args(arguments)
+    torch.manual_seed(args.seed)
+    task = example.TASK(args)
+    net = task.model()
+    result = training.train(args, example.TASK)
+    return {
+        **result.validation,
+        "untrained": task.validate(net)["loss"],
+        "elements": sum(parameter.numel() for parameter in net.parameters()),
+        "bytes": result.bytes,
+        "bytes_per_step": result.bytes_per_step,
+    }

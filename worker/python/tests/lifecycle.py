@@ -123,9 +123,7 @@ def comes_apart(rank: int, elastic: bool) -> dict[str, Any]:
     """Three workers of 60 steps; the parameters of rank 1 become others, and shard 0 finds out."""
     net = jobs.model()
     optimizer: Any = arc_topk.optim.AdamW(net.parameters(), lr=0.01)
-    optimizer = arc_topk.DistributedOptimizer(
-        optimizer, net.named_parameters(), elastic=elastic, digest_every=4, **jobs.SPARSE
-    )
+    optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), elastic=elastic, digest_every=4, **jobs.SPARSE)
     exchange, passed = optimizer.exchange, []
     residuals: dict[str, torch.Tensor] = {}
     with warnings() as said:

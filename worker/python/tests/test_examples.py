@@ -26,8 +26,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (cache / "fashion-mnist").mkdir()
     generator = torch.Generator().manual_seed(0)
     for part, count in (("train", 256), ("t10k", 64)):
-        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
         labels = torch.randint(10, (count,), generator=generator, dtype=torch.uint8)
+        # The brighter, the higher the label.
+        images = (25 * labels)[:, None, None].expand(count, 28, 28).contiguous()
         for kind, values in (("images-idx3", images), ("labels-idx1", labels)):
             header = bytes([0, 0, 8, values.dim()]) + b"".join(size.to_bytes(4) for size in values.shape)
             content = gzip.compress(header + values.numpy().tobytes())
@@ -60,35 +61,45 @@ def run(cache: Path, shards: Callable[..., Shards], workers: Workers) -> Callabl
     """Trains an example for a few steps; what came of it."""
 
     def train(name: str, *arguments: str) -> dict[str, float]:
-        given = ["--workers=2", "--steps=6", "--warmup=2", "--batch=4", *arguments]
+        given = ["--workers=2", "--steps=24", "--warmup=2", "--batch=8", *arguments]
         result: dict[str, float] = workers.run(shards(), 2, example_runs.train, str(cache), name, given)[0]
-        assert result["bytes"] > 6 * result["bytes_per_step"] / 2 > 0.0
         return result
 
     return train
 
 
-@pytest.mark.parametrize("method", ["arc", "dense", "gloo", "bf16", "powersgd"])
+#: Bytes of a step by element: two workers send and get whole gradients, or what the method makes of them.
+BYTES = {"arc": (0.2, 4.0), "dense": (8.0, 12.0), "gloo": (8.0, 12.0), "bf16": (4.0, 7.0), "powersgd": (0.2, 4.0)}
+
+
+@pytest.mark.parametrize("method", list(BYTES))
 def test_gpt(run: Callable[..., dict[str, float]], method: str) -> None:
     result = run("gpt", *SMALL, f"--method={method}", "--rank=2")
-    assert 0.0 < result["loss"] < 6.0
+    assert result["loss"] < result["untrained"]
+    least, most = BYTES[method]
+    assert least < result["bytes_per_step"] / result["elements"] < most
+    assert result["bytes"] > 22 * result["bytes_per_step"], "the warm-up is more"
 
 
 @pytest.mark.parametrize("method", ["arc", "dense"])
 def test_gpt_without_a_process_group(run: Callable[..., dict[str, float]], method: str) -> None:
     result = run("gpt", *SMALL, f"--method={method}", "--form=wrapper", "--plain-adam")
-    assert 0.0 < result["loss"] < 6.0
+    assert result["loss"] < result["untrained"]
+    least, most = BYTES[method]
+    assert least < result["bytes_per_step"] / result["elements"] < most
 
 
 @pytest.mark.parametrize("form", ["ddp", "wrapper"])
 def test_fashion(run: Callable[..., dict[str, float]], form: str) -> None:
-    assert 0.0 <= run("fashion", "--width=4", f"--form={form}")["accuracy"] <= 1.0
+    result = run("fashion", "--width=4", f"--form={form}")
+    assert result["loss"] < result["untrained"]
 
 
 @pytest.mark.usefixtures("encoder")
 @pytest.mark.parametrize("form", ["ddp", "wrapper"])
 def test_reviews(run: Callable[..., dict[str, float]], form: str) -> None:
-    assert 0.0 <= run("reviews", f"--form={form}")["accuracy"] <= 1.0
+    result = run("reviews", f"--form={form}", "--lr=0.001")
+    assert result["loss"] < result["untrained"]
 
 
 def test_as_a_program(cache: Path) -> None:

@@ -22,7 +22,7 @@ impl Lent {
     ///
     /// # Safety
     /// The memory must be there, aligned, initialised and used by nobody else from the call that hands it over until
-    /// `give_back` of the reducer that got it has returned, or that reducer was dropped.
+    /// `give_back` of the reducer that got it has returned true, or that reducer was dropped.
     #[must_use]
     pub unsafe fn new(address: NonNull<f32>, elements: usize) -> Self {
         Self { address, elements }

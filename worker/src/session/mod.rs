@@ -374,8 +374,13 @@ impl Reducer for QuicReducer {
         self.shared.lend(step, tensor, gradient)
     }
 
-    fn give_back(&mut self) {
+    fn give_back(&mut self) -> bool {
+        // What was lent for an open step may still lie in the queue.
+        if self.open.is_some() {
+            return false;
+        }
         self.shared.core().member.give_back();
+        true
     }
 
     fn finish(&mut self) -> Result<StepOutcome, ReduceError> {

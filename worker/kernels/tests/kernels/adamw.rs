@@ -84,7 +84,7 @@ fn numbers(seed: usize, len: usize) -> Vec<f32> {
 /// Rows of a tensor that come in a step; `None` for all.
 fn rows_of_step(shape: &Shape, step: usize) -> Option<Vec<u32>> {
     let came = |row: &u32| (*row as usize * 5 + step * 3) % 7 < 2;
-    (step % 4 != 0).then(|| (0..shape.rows as u32).filter(came).collect())
+    (!step.is_multiple_of(4)).then(|| (0..shape.rows as u32).filter(came).collect())
 }
 
 fn run(shapes: &[Shape], decay: f32, cap: u32, seed: u64) {
