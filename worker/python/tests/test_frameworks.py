@@ -145,3 +145,9 @@ def test_no_framework_is_imported_unasked(tmp_path):
     modules = set(ast.literal_eval(imported))
     assert "arc_topk" in modules
     assert not modules & {"transformers", "accelerate", "lightning", "pytorch_lightning"}
+
+
+def test_a_checkpoint_that_lacks_files_of_other_workers_is_refused(tmp_path):
+    torch.save({"world_size": 3, "state": {}}, tmp_path / "arc_topk_0.pt")
+    with pytest.raises(arc_topk.ConfigError, match=r"lacks arc_topk_1\.pt, arc_topk_2\.pt"):
+        hf._restored(tmp_path, 0, 2)

@@ -23,6 +23,7 @@ import torch
 
 from .._exchange import Exchange
 from .._merge import merge_states
+from .._native import ConfigError
 from ..config import Config
 from . import _common
 
@@ -88,8 +89,14 @@ def _restored(directory: Path | None, rank: int, world: int) -> dict[str, Any] |
     if saved["world_size"] == world and any_file == own:
         state: dict[str, Any] = saved["state"]
         return state
-    before = [torch.load(_file(directory, other), weights_only=True)["state"] for other in range(saved["world_size"])]
-    return merge_states(before, rank, world)
+    files = [_file(directory, other) for other in range(saved["world_size"])]
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise ConfigError(
+            f"{directory} lacks {', '.join(missing)}: for another number of workers each needs the feedback of all that were there, "
+            "so put all their files into it, or delete them all to start with none"
+        )
+    return merge_states([torch.load(file, weights_only=True)["state"] for file in files], rank, world)
 
 
 def register(trainer: Any, config: Config | None = None, **settings: Any) -> None:
