@@ -183,7 +183,7 @@ mod tests {
         ] {
             let shape = SegmentShape::new(rows, width, rank);
             assert!(shape.part_columns * rank <= MAX_SIGN_BITS, "{shape:?}");
-            assert!(shape.parts == 1 || shape.part_columns % 128 == 0);
+            assert!(shape.parts == 1 || shape.part_columns.is_multiple_of(128));
             assert!((shape.parts - 1) * shape.part_columns < width);
             assert!(shape.parts * shape.part_columns >= width);
             let mut seen = vec![0u32; (rows * shape.parts) as usize];
@@ -211,7 +211,7 @@ mod tests {
         let tiles = gather_tiles(&[(100_001, 4096), (50, 64), (0, 64), (20_000, 7)]);
         assert_eq!(tiles.iter().map(|t| t.rows).sum::<u32>(), 120_051);
         let block = [4096, 64, 64, 7];
-        assert!(tiles.iter().all(|t| t.row % block[t.segment as usize] == 0));
+        assert!(tiles.iter().all(|t| t.row.is_multiple_of(block[t.segment as usize])));
     }
 
     #[test]

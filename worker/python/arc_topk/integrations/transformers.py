@@ -93,7 +93,7 @@ def _restored(directory: Path | None, rank: int, world: int) -> dict[str, Any] |
     missing = [file.name for file in files if not file.exists()]
     if missing:
         raise ConfigError(
-            f"{directory} lacks {', '.join(missing)}: for another number of workers each needs the feedback of all that were there, "
+            f"{directory} lacks {', '.join(missing)}: for another number of workers each needs the feedback of all of them, "
             "so put all their files into it, or delete them all to start with none"
         )
     return merge_states([torch.load(file, weights_only=True)["state"] for file in files], rank, world)
