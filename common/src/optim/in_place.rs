@@ -26,7 +26,7 @@ pub struct AdamStep<'a> {
     pub eps: f64,
     /// Decoupled weight decay.
     pub weight_decay: f64,
-    /// Learning rates of the last steps, this one's first. The last of them stands for those before it.
+    /// Learning rates of the last steps, this one's first; steps before them add nothing.
     pub rates: &'a [f64],
     /// Largest τ, at least 1.
     pub cap: u32,

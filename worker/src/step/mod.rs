@@ -49,7 +49,8 @@
 //! Beyond the open step, the machine holds the answers of the last [`RETAINED_STEPS`] steps, so that it can tell them to a
 //! shard that was restarted: about density × model each, in wire types.
 //!
-//! The copy of g lets the trainer keep its gradient. Measured steps (every [`StepMachine::set_measure_every`]-th) read
+//! The copy of g lets the trainer keep its gradient; one that is lent ([`Gradient::Lent`]) is not copied, and U and the result take its
+//! place. Measured steps (every [`StepMachine::set_measure_every`]-th) read
 //! U and e once more; g is measured in `fill`'s cached chunk.
 
 mod commit;
