@@ -13,7 +13,8 @@
 #define ARC_KERNEL(name, Args, blocks) \
     extern "C" __global__ void __launch_bounds__(arc::THREADS, blocks) name(const __grid_constant__ Args args)
 #define ARC_SHARED(Type, name) __shared__ Type name
-#define ARC_DEVICE static __device__ __forceinline__
+// Not static: names of internal linkage hold a hash of the source's folder, and then no two builds are the same.
+#define ARC_DEVICE __device__ __forceinline__
 #define arc_fma(x, y, z) fmaf(x, y, z)
 #endif
 

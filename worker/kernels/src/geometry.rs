@@ -211,7 +211,11 @@ mod tests {
         let tiles = gather_tiles(&[(100_001, 4096), (50, 64), (0, 64), (20_000, 7)]);
         assert_eq!(tiles.iter().map(|t| t.rows).sum::<u32>(), 120_051);
         let block = [4096, 64, 64, 7];
-        assert!(tiles.iter().all(|t| t.row.is_multiple_of(block[t.segment as usize])));
+        assert!(
+            tiles
+                .iter()
+                .all(|t| t.row.is_multiple_of(block[t.segment as usize]))
+        );
     }
 
     #[test]
