@@ -4,7 +4,7 @@
 
 All runs of a task have equal seeds, data and steps; each method is taken at the best of three learning rates. Four workers share
 this machine, one after the other for each method, so losses and bytes say something here and times do not. Bytes are those that
-the kernel counted on loopback, headers included, as one worker's link would carry them, both ways. A run that is in the results
+the kernel counted on loopback, as one worker's link would carry them, both ways. A run that is in the results
 file already is not made again: what was interrupted goes on.
 """
 

@@ -58,7 +58,7 @@ class Result:
     """How a run ended."""
 
     validation: dict[str, float]
-    #: Bytes over a worker's own link, both ways, headers included: of the whole run, and a step after the warm-up.
+    #: Bytes over a worker's own link, both ways: of the whole run, and a step after the warm-up.
     bytes: float
     bytes_per_step: float
     seconds: float
