@@ -75,13 +75,21 @@ python: $(VENV)/.ready ## build the Python package arc_topk and install it into 
 
 .PHONY: python-lint
 python-lint: $(VENV)/.ready ## lint the Python sources and check their types
-	cd worker/python && '$(abspath $(VENV))/bin/ruff' check --quiet --config pyproject.toml . ../data
+	cd worker/python && '$(abspath $(VENV))/bin/ruff' check --quiet --config pyproject.toml . ../data ../kernels
 	cd worker/python && '$(abspath $(VENV))/bin/mypy' --no-error-summary
 
 .PHONY: python-test
 python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
 	$(CARGO) build --quiet --locked --workspace --bins
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
+
+.PHONY: kernels
+kernels: ## compile the CUDA kernels into worker/kernels/arc.fatbin (after a change to them)
+	$(PYTHON) worker/kernels/build.py
+
+.PHONY: kernels-check
+kernels-check: ## check that arc.fatbin is what the kernels' sources make (fetches the compiler, 104 MB)
+	$(PYTHON) worker/kernels/build.py --check
 
 $(DASH)/.ready: dashboards/tests/requirements.txt dashboards/package-lock.json dashboards/tools/prometheus.py
 	$(PYTHON) -m venv '$(DASH)/venv'
