@@ -26,18 +26,23 @@ def local(function: Callable[..., Any], *arguments: Any, workers: int = 2, shard
     with tempfile.TemporaryDirectory(prefix="arc-certs-") as directory:
         served = _native.LocalShards(directory, job, shards, workers)
         try:
-            common = {
-                "ARC_SHARD_ADDRESSES": ",".join(served.addresses),
-                "ARC_CERTS": str(served.certs),
-                "ARC_JOB": job,
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(_free_port()),
-                "WORLD_SIZE": str(workers),
-                "ARC_WORKERS": str(workers),
-            }
-            return _run(function, arguments, workers, common)
+            return _run(function, arguments, environments(served, job, workers))
         finally:
             served.stop()
+
+
+def environments(served: _native.LocalShards, job: str, workers: int) -> list[dict[str, str]]:
+    """Variables by which the workers of a job on these shards find each other, by rank."""
+    common = {
+        "ARC_SHARD_ADDRESSES": ",".join(served.addresses),
+        "ARC_CERTS": str(served.certs),
+        "ARC_JOB": job,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(workers),
+        "ARC_WORKERS": str(workers),
+    }
+    return [common | dict.fromkeys(("RANK", "LOCAL_RANK", "ARC_RANK"), str(rank)) for rank in range(workers)]
 
 
 def _free_port() -> int:
@@ -46,12 +51,11 @@ def _free_port() -> int:
         return int(free.getsockname()[1])
 
 
-def _run(function: Callable[..., Any], arguments: tuple[Any, ...], workers: int, common: dict[str, str]) -> list[Any]:
+def _run(function: Callable[..., Any], arguments: tuple[Any, ...], given: list[dict[str, str]]) -> list[Any]:
     context = multiprocessing.get_context("spawn")
     started = []
-    for rank in range(workers):
+    for rank, environment in enumerate(given):
         ours, theirs = context.Pipe(duplex=False)
-        environment = common | {"RANK": str(rank), "LOCAL_RANK": str(rank), "ARC_RANK": str(rank)}
         process = context.Process(target=_worker, args=(theirs, environment, function, arguments), name=f"worker {rank}")
         process.start()
         theirs.close()
@@ -77,7 +81,7 @@ def _run(function: Callable[..., Any], arguments: tuple[Any, ...], workers: int,
             if waiting:
                 process.terminate()
             process.join()
-    return [results[rank] for rank in range(workers)]
+    return [results[rank] for rank in range(len(given))]
 
 
 def _worker(answer: Connection, environment: dict[str, str], function: Callable[..., Any], arguments: tuple[Any, ...]) -> None:

@@ -17,7 +17,6 @@ import logging
 import math
 import multiprocessing
 import os
-import socket
 import sys
 import tempfile
 import time
@@ -37,6 +36,7 @@ import training
 
 import arc_topk
 from arc_topk import _native
+from arc_topk.local import environments
 
 #: By name: the example, three learning rates, and settings in which a run differs from the example's defaults.
 TASKS: dict[str, tuple[Any, Any, tuple[float, ...], list[str]]] = {
@@ -92,8 +92,8 @@ class Pool:
         with tempfile.TemporaryDirectory(prefix="arc-certs-") as directory:
             shards = _native.LocalShards(directory, "compare", 2, workers)
             try:
-                for rank, link in enumerate(self._links):
-                    link.send((self._environment(shards, rank), task, args))
+                for link, environment in zip(self._links, environments(shards, "compare", workers), strict=True):
+                    link.send((environment, task, args))
                 answers = [link.recv() for link in self._links]
             finally:
                 shards.stop()
@@ -102,22 +102,6 @@ class Pool:
                 raise RuntimeError(f"worker {rank}:\n{error}")
         result: training.Result = answers[0][1]
         return result
-
-    def _environment(self, shards: _native.LocalShards, rank: int) -> dict[str, str]:
-        # One port for all: the ranks are asked in turn, and the first one's is taken.
-        if rank == 0:
-            with socket.socket() as free:
-                free.bind(("127.0.0.1", 0))
-                self._port = str(free.getsockname()[1])
-        return {
-            "ARC_SHARD_ADDRESSES": ",".join(shards.addresses),
-            "ARC_CERTS": str(shards.certs),
-            "ARC_JOB": "compare",
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": self._port,
-            "RANK": str(rank),
-            "WORLD_SIZE": str(len(self._links)),
-        }
 
 
 def serve(link: Connection) -> None:
