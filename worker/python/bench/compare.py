@@ -40,7 +40,7 @@ from arc_topk.local import environments
 
 #: By name: the example, three learning rates, and settings in which a run differs from the example's defaults.
 TASKS: dict[str, tuple[Any, Any, tuple[float, ...], list[str]]] = {
-    "text": (gpt.arguments, gpt.TASK, (0.001, 0.002, 0.004), []),
+    "text": (gpt.arguments, gpt.TASK, (0.0005, 0.001, 0.002), []),
     "reviews": (reviews.arguments, reviews.TASK, (3e-5, 1e-4, 3e-4), []),
     "fashion": (fashion.arguments, fashion.TASK, (0.001, 0.002, 0.004), []),
 }
