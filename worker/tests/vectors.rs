@@ -1,14 +1,16 @@
-//! Golden vectors through the whole machines: N workers and one shard, exact wires, both kernels.
+//! Golden vectors through the whole machines: N workers and one shard, exact wires, both kernels and the device backend.
 //!
 //! The archive is that of `common/tests/vectors`; `ARC_VECTORS` names another directory of the same form.
 #![allow(clippy::unwrap_used, reason = "tests")]
 
+#[path = "support/emulated.rs"]
+mod emulated;
 mod support;
 
-use arc_topk_common::compress::Kernels;
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::compress::reference::Reference;
 use arc_topk_common::config::AlgorithmConfig;
+use arc_topk_worker::backend::{MakeBackend, on_cpu};
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
 use serde_json::Value;
 use std::io::Read;
@@ -52,7 +54,7 @@ fn assert_close(what: &str, actual: &[f32], expected: &Value) {
     }
 }
 
-fn start(rounds: &Value, kernels: Arc<dyn Kernels>) -> MemoryCluster {
+fn start(rounds: &Value, backend: MakeBackend) -> MemoryCluster {
     let config = &rounds["config"];
     let algorithm = AlgorithmConfig {
         init: from(&config["init"]),
@@ -67,7 +69,7 @@ fn start(rounds: &Value, kernels: Arc<dyn Kernels>) -> MemoryCluster {
         .iter()
         .map(|t| tensor(t["name"].as_str().unwrap(), &from::<Vec<u64>>(&t["shape"])));
     let options = MemoryOptions {
-        kernels,
+        backend,
         ..MemoryOptions::default()
     };
     MemoryCluster::new(
@@ -78,9 +80,9 @@ fn start(rounds: &Value, kernels: Arc<dyn Kernels>) -> MemoryCluster {
     .unwrap()
 }
 
-fn check(name: &str, kernels: Arc<dyn Kernels>) {
+fn check(name: &str, backend: MakeBackend) {
     let rounds = load(name);
-    let mut cluster = start(&rounds, kernels);
+    let mut cluster = start(&rounds, backend);
     let workers: u16 = from(&rounds["config"]["workers"]);
     for (number, expected) in rounds["steps"].as_array().unwrap().iter().enumerate() {
         let outcomes = step(&mut cluster, &from(&rounds["gradients"][number]));
@@ -138,13 +140,20 @@ fn check_state(name: &str, rounds: &Value, cluster: &MemoryCluster, workers: u16
 #[test]
 fn reference() {
     for name in from::<Vec<String>>(&load("index.json")) {
-        check(&name, Arc::new(Reference));
+        check(&name, on_cpu(Arc::new(Reference)));
     }
 }
 
 #[test]
 fn fast() {
     for name in from::<Vec<String>>(&load("index.json")) {
-        check(&name, Arc::new(Fast));
+        check(&name, on_cpu(Arc::new(Fast)));
+    }
+}
+
+#[test]
+fn device() {
+    for name in from::<Vec<String>>(&load("index.json")) {
+        check(&name, emulated::backend(3));
     }
 }

@@ -1,8 +1,10 @@
 //! `arc.cuh` in Rust: what kernels take. Addresses are plain numbers, since this crate touches no memory; 0 is none.
 
+use bytemuck::NoUninit;
+
 /// Type of a gradient's or parameter's elements.
 #[repr(u32)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub enum Element {
     /// IEEE single.
     #[default]
@@ -15,7 +17,7 @@ pub enum Element {
 
 /// Type on the wire, as `ValueType` of the common crate.
 #[repr(u32)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub enum Wire {
     /// IEEE single.
     #[default]
@@ -33,7 +35,7 @@ pub enum Wire {
 /// Rows of one tensor that one shard owns. Addresses are those of the segment's own first element. The rule follows from what is
 /// there: `blended` alone is ef14, `local` alone ef21, both ef21m, neither none.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Segment {
     /// Gradient; 0: zeros.
     pub gradient: u64,
@@ -81,7 +83,7 @@ pub struct Segment {
 
 /// What a block works on: some rows of a segment and one part of their columns; some values of a piece.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub struct Tile {
     /// Segment, piece, projection or tensor: position in the launch's array.
     pub segment: u32,
@@ -95,7 +97,7 @@ pub struct Tile {
 
 /// Of the sketches and `arc_inspect`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct SketchArgs {
     /// [`Segment`]s.
     pub segments: u64,
@@ -121,7 +123,7 @@ pub struct SketchArgs {
 
 /// Where a Gaussian V goes.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Projection {
     /// `entries` floats.
     pub out: u64,
@@ -133,7 +135,7 @@ pub struct Projection {
 
 /// Of `arc_gaussian`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct GaussianArgs {
     /// [`Projection`]s.
     pub projections: u64,
@@ -147,7 +149,7 @@ pub struct GaussianArgs {
 
 /// Where the values of a [`Piece`] come from.
 #[repr(u32)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub enum PieceSource {
     /// A, of the rows listed or of all.
     #[default]
@@ -160,7 +162,7 @@ pub enum PieceSource {
 
 /// An array of values to encode.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Piece {
     /// Absolute rows, ascending, u32 each; 0: the whole segment.
     pub rows: u64,
@@ -184,7 +186,7 @@ pub struct Piece {
 
 /// Of `arc_gather`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct GatherArgs {
     /// [`Segment`]s.
     pub segments: u64,
@@ -206,7 +208,7 @@ pub struct GatherArgs {
 
 /// How a round ended for a segment.
 #[repr(transparent)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub struct CommitFlags(pub u32);
 
 impl CommitFlags {
@@ -228,7 +230,7 @@ impl CommitFlags {
 
 /// The end of a segment's round.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct Commit {
     /// Absolute rows that travelled, ascending, u32 each; not read with [`CommitFlags::ALL`].
     pub rows: u64,
@@ -252,7 +254,7 @@ pub struct Commit {
 
 /// Of `arc_commit`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct CommitArgs {
     /// [`Segment`]s.
     pub segments: u64,
@@ -268,7 +270,7 @@ pub struct CommitArgs {
 
 /// What [`EnergyArgs`] asks for.
 #[repr(u32)]
-#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]
 pub enum EnergySource {
     /// ‖A_j‖².
     #[default]
@@ -279,7 +281,7 @@ pub enum EnergySource {
 
 /// Of `arc_energy`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct EnergyArgs {
     /// [`Segment`]s.
     pub segments: u64,
@@ -297,7 +299,7 @@ pub struct EnergyArgs {
 
 /// What a step of τ updates multiplies with; one for every τ up to the cap.
 #[repr(C)]
-#[derive(Clone, Copy, PartialEq, Debug, Default)]
+#[derive(Clone, Copy, PartialEq, Debug, Default, NoUninit)]
 pub struct AdamTau {
     /// Clip factor over τ.
     pub grad: f32,
@@ -315,7 +317,7 @@ pub struct AdamTau {
 
 /// A parameter that takes a step.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct AdamTensor {
     /// Parameter.
     pub parameter: u64,
@@ -349,7 +351,7 @@ pub struct AdamTensor {
 
 /// Of `arc_adamw`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, NoUninit)]
 pub struct AdamArgs {
     /// [`AdamTensor`]s.
     pub tensors: u64,

@@ -2,14 +2,15 @@
 
 use super::lent::Buffer;
 use super::norms;
-use super::{Backend, Energies, Gradient, LoadPass, Loaded, SegmentCommit, SentRows, StateArrays};
-use arc_topk_common::compress::{
-    FeedbackParams, Kernels, SketchShape, TensorState, ValueCodec, select_top_k,
+use super::rules::{Rule, tensor_segments};
+use super::{
+    Backend, DeviceFault, Energies, Gradient, LoadPass, Opened, Piece, PieceValues, SegmentCommit,
+    SentRows, StateArrays,
 };
-use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::config::algorithm::{Compressor, Feedback};
-use arc_topk_common::ids::TensorId;
-use arc_topk_common::plan::{Plan, Segment, TensorPlan};
+use arc_topk_common::compress::{Kernels, SketchShape, TensorState, ValueCodec, select_top_k};
+use arc_topk_common::config::algorithm::Feedback;
+use arc_topk_common::ids::{BucketId, TensorId};
+use arc_topk_common::plan::{Plan, Segment};
 use core::ops::Range;
 use rayon::prelude::*;
 use std::sync::Arc;
@@ -28,70 +29,31 @@ struct Slot {
     /// What was not counted of a tensor that travels whole and exactly: ef14 loses nothing, but a residual that is
     /// nearly always zero is worth no memory. Empty while it is zero.
     late: Vec<f32>,
-    keeps_late: bool,
-    params: FeedbackParams,
+    rule: Rule,
     /// Gradient, then U, then the result: m·n, padded with zeros.
     buffer: Buffer,
     /// Sketch of this step, m×r; empty unless the compressor needs one.
     sketch: Vec<f32>,
     /// By ascending rows.
     segments: Vec<Segment>,
+    /// Whether all of U is finite, by segment.
+    finite: Vec<bool>,
+    /// ‖g‖², if it was asked for.
+    gradient_energy: f64,
 }
 
 /// Buffers and state in main memory. Threads: the rayon pool that the caller runs in.
 pub struct CpuBackend {
     kernels: Arc<dyn Kernels>,
     slots: Vec<Slot>,
+    /// By bucket, then shard.
+    buckets: Vec<Vec<Vec<Segment>>>,
     shape: SketchShape,
     /// Scratch: the decoded mean of one segment.
     mean: Vec<f32>,
     /// Scratch: energies of the rows of one segment.
     row_energy: Vec<f64>,
-}
-
-/// The feedback rule that a tensor really needs. Where all rows always travel, ef21's estimate would be the gradient
-/// itself: only what rounding loses needs a place, which is ef14's residual.
-fn state_of(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> TensorState {
-    if !tensor.sparse {
-        return TensorState::for_dense_tensor(
-            algorithm.feedback,
-            tensor.elements,
-            algorithm.rounds_dense_tensors(),
-        );
-    }
-    let feedback = match (algorithm.compressor, algorithm.feedback) {
-        (Compressor::Dense, Feedback::None) => Feedback::None,
-        (Compressor::Dense, _) if algorithm.codec_dense().is_lossy() => Feedback::Ef14,
-        (Compressor::Dense, _) => Feedback::None,
-        (_, feedback) => feedback,
-    };
-    TensorState::new(feedback, tensor.rows, tensor.width)
-}
-
-/// Whether what a worker sends of this tensor must be kept when it is not counted, although [`state_of`] has no place for it.
-/// (ef21 and ef21m lose it: they average estimates, and that of a tensor that travels whole is the gradient of one step.)
-fn keeps_late(tensor: &TensorPlan, algorithm: &AlgorithmConfig) -> bool {
-    !tensor.sparse
-        && algorithm.compressor != Compressor::Dense
-        && algorithm.feedback == Feedback::Ef14
-        && !algorithm.rounds_dense_tensors()
-}
-
-/// Segments of every tensor, by ascending rows.
-#[must_use]
-pub(crate) fn tensor_segments(plan: &Plan) -> Vec<Vec<Segment>> {
-    let mut segments = vec![Vec::new(); plan.tensors.len()];
-    for segment in plan
-        .buckets
-        .iter()
-        .flat_map(|bucket| bucket.segments.iter().flatten())
-    {
-        segments[segment.tensor.index()].push(*segment);
-    }
-    for segments in &mut segments {
-        segments.sort_unstable_by_key(|segment| segment.row_start);
-    }
-    segments
+    fault: Option<DeviceFault>,
 }
 
 impl CpuBackend {
@@ -105,25 +67,24 @@ impl CpuBackend {
             .zip(tensor_segments(plan))
             .map(|(tensor, segments)| Slot {
                 elements: tensor.elements,
-                state: state_of(tensor, algorithm),
+                rule: Rule::of(tensor, algorithm),
+                state: TensorState::new(
+                    Rule::of(tensor, algorithm).feedback,
+                    tensor.rows,
+                    tensor.width,
+                ),
                 late: Vec::new(),
-                keeps_late: keeps_late(tensor, algorithm),
-                params: FeedbackParams {
-                    eta: algorithm.eta,
-                    // The residual of a tensor that travels whole is rounding alone: nothing stale to forget.
-                    decay: if tensor.sparse {
-                        algorithm.feedback_decay
-                    } else {
-                        1.0
-                    },
-                },
                 buffer: Buffer::Own(Vec::new()),
                 sketch: Vec::new(),
+                finite: Vec::new(),
                 segments,
+                gradient_energy: 0.0,
             });
+        let buckets = plan.buckets.iter();
         Self {
             kernels,
             slots: slots.collect(),
+            buckets: buckets.map(|bucket| bucket.segments.clone()).collect(),
             shape: SketchShape {
                 width: 0,
                 rank: usize::from(algorithm.sketch_rank),
@@ -131,6 +92,7 @@ impl CpuBackend {
             },
             mean: Vec::new(),
             row_energy: Vec::new(),
+            fault: None,
         }
     }
 }
@@ -181,7 +143,8 @@ impl Slot {
             Gradient::Lent(lent) => copy_with(values, &lent.values()[from], |to, from| {
                 to.copy_from_slice(from);
             }),
-            Gradient::Absent => values.fill(0.0),
+            // `load` has refused it.
+            Gradient::OnDevice(_) | Gradient::Absent => values.fill(0.0),
         }
     }
 
@@ -198,7 +161,7 @@ impl Slot {
 
     /// Before a commit: U stays here if it was not counted, or has gone.
     fn keep(&mut self, rows: &Range<usize>, counted: bool) {
-        if !self.keeps_late || (counted && self.late.is_empty()) {
+        if !self.rule.keeps_late || (counted && self.late.is_empty()) {
             return;
         }
         let range = self.range(rows);
@@ -236,7 +199,7 @@ impl Slot {
         }
         let finite = kernels.input(
             &self.state,
-            self.params,
+            self.rule.params,
             pass.dense_round,
             &mut self.buffer,
             rows.clone(),
@@ -262,92 +225,27 @@ fn rows_of(segment: Segment) -> Range<usize> {
     segment.row_start as usize..segment.row_end as usize
 }
 
-impl Backend for CpuBackend {
-    fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass) -> Loaded {
-        let slot = &mut self.slots[tensor.index()];
-        slot.place(gradient);
-        let shape = SketchShape {
-            width: slot.state.width,
-            ..self.shape
-        };
-        if pass.sketch.is_some() {
-            slot.sketch.resize(slot.state.rows * shape.rank, 0.0);
-        }
-        let chunk = (CHUNK_ELEMENTS / slot.state.width.max(1)).max(CHUNK_ROWS);
-        let mut loaded = Loaded::default();
-        for index in 0..slot.segments.len() {
-            let rows = rows_of(slot.segments[index]);
-            let mut all_finite = true;
-            for start in rows.clone().step_by(chunk) {
-                let rows = start..(start + chunk).min(rows.end);
-                let (finite, energy) = slot.load_rows(&*self.kernels, shape, gradient, pass, rows);
-                all_finite &= finite;
-                loaded.gradient_energy += energy;
+impl CpuBackend {
+    fn encode_piece(&self, piece: &Piece<'_>, out: &mut Vec<u8>) {
+        let (segment, codec) = (piece.segment, piece.codec);
+        let slot = &self.slots[segment.tensor.index()];
+        let rows = rows_of(segment);
+        match piece.values {
+            PieceValues::Sketch => {
+                let rank = self.shape.rank;
+                codec.encode(&slot.sketch[rows.start * rank..rows.end * rank], out);
             }
-            loaded.finite.push(all_finite);
+            PieceValues::Rows(rows) => {
+                self.kernels
+                    .gather(&slot.state, false, &slot.buffer, rows, codec, out);
+            }
+            // In a dense round A is what `input` left in the buffer, so there is nothing to subtract.
+            PieceValues::All => codec.encode(&slot.buffer[slot.range(&rows)], out),
+            PieceValues::Estimates => codec.encode(&slot.state.local[slot.range(&rows)], out),
         }
-        loaded
     }
 
-    fn encode_sketch(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>) {
-        let rank = self.shape.rank;
-        let sketch = &self.slots[segment.tensor.index()].sketch;
-        codec.encode(
-            &sketch[segment.row_start as usize * rank..segment.row_end as usize * rank],
-            out,
-        );
-    }
-
-    fn encode_rows(
-        &mut self,
-        segment: Segment,
-        rows: &[u32],
-        codec: ValueCodec,
-        out: &mut Vec<u8>,
-    ) {
-        let slot = &self.slots[segment.tensor.index()];
-        self.kernels
-            .gather(&slot.state, false, &slot.buffer, rows, codec, out);
-    }
-
-    fn encode_all(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>) {
-        // In a dense round A is what `input` left in the buffer, so there is nothing to subtract.
-        let slot = &self.slots[segment.tensor.index()];
-        codec.encode(&slot.buffer[slot.range(&rows_of(segment))], out);
-    }
-
-    fn encode_estimates(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>) {
-        let slot = &self.slots[segment.tensor.index()];
-        codec.encode(&slot.state.local[slot.range(&rows_of(segment))], out);
-    }
-
-    fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool) {
-        let slot = &mut self.slots[segment.tensor.index()];
-        slot.buffer.ensure(slot.size());
-        let range = slot.range(&rows_of(segment));
-        let global = &mut slot.state.global[range.clone()];
-        codec.decode(mean, global);
-        if !counted {
-            slot.state.local[range.clone()].copy_from_slice(global);
-        }
-        slot.buffer[range].copy_from_slice(global);
-    }
-
-    fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32> {
-        let slot = &self.slots[segment.tensor.index()];
-        self.row_energy.resize(segment.rows(), 0.0);
-        self.kernels.energy(
-            &slot.state,
-            &slot.buffer,
-            rows_of(segment),
-            &mut self.row_energy,
-        );
-        let mut rows = select_top_k(&self.row_energy, k);
-        rows.iter_mut().for_each(|row| *row += segment.row_start);
-        rows
-    }
-
-    fn commit(&mut self, end: SegmentCommit<'_>) -> Energies {
+    fn commit_segment(&mut self, end: &SegmentCommit<'_>) -> Energies {
         let slot = &mut self.slots[end.segment.tensor.index()];
         slot.buffer.ensure(slot.size());
         let (rows, width) = (rows_of(end.segment), slot.state.width);
@@ -414,6 +312,105 @@ impl Backend for CpuBackend {
         }
         energies
     }
+}
+
+impl Backend for CpuBackend {
+    fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass) {
+        if let Gradient::OnDevice(_) = gradient {
+            self.fault = Some(DeviceFault(
+                "a gradient lies on a GPU, but this worker computes on the CPU: copy it to main memory, or compute on the GPU"
+                    .to_owned(),
+            ));
+        }
+        let slot = &mut self.slots[tensor.index()];
+        slot.place(gradient);
+        let shape = SketchShape {
+            width: slot.state.width,
+            ..self.shape
+        };
+        if pass.sketch.is_some() {
+            slot.sketch.resize(slot.state.rows * shape.rank, 0.0);
+        }
+        let chunk = (CHUNK_ELEMENTS / slot.state.width.max(1)).max(CHUNK_ROWS);
+        slot.finite.clear();
+        slot.gradient_energy = 0.0;
+        for index in 0..slot.segments.len() {
+            let rows = rows_of(slot.segments[index]);
+            let mut all_finite = true;
+            for start in rows.clone().step_by(chunk) {
+                let rows = start..(start + chunk).min(rows.end);
+                let (finite, energy) = slot.load_rows(&*self.kernels, shape, gradient, pass, rows);
+                all_finite &= finite;
+                slot.gradient_energy += energy;
+            }
+            slot.finite.push(all_finite);
+        }
+    }
+
+    fn open(&mut self, bucket: BucketId, frames: &[Vec<Piece<'_>>]) -> Opened {
+        let shards = &self.buckets[bucket.index()];
+        let finite = |segment: &Segment| {
+            let slot = &self.slots[segment.tensor.index()];
+            let at = slot.segments.iter().position(|known| known == segment);
+            slot.finite[at.expect("a segment of the plan")]
+        };
+        let finite = shards.iter().map(|of| of.iter().all(finite)).collect();
+        let mut tensors: Vec<TensorId> = shards.iter().flatten().map(|s| s.tensor).collect();
+        tensors.sort_unstable();
+        tensors.dedup();
+        let energies = tensors
+            .iter()
+            .map(|t| self.slots[t.index()].gradient_energy);
+        let gradient_energy = energies.sum();
+        let encoded = |pieces: &Vec<Piece<'_>>| {
+            let mut frame = Vec::new();
+            pieces
+                .iter()
+                .for_each(|piece| self.encode_piece(piece, &mut frame));
+            frame
+        };
+        Opened {
+            finite,
+            frames: frames.iter().map(encoded).collect(),
+            gradient_energy,
+        }
+    }
+
+    fn encode(&mut self, pieces: &[Piece<'_>], out: &mut Vec<u8>) {
+        pieces
+            .iter()
+            .for_each(|piece| self.encode_piece(piece, out));
+    }
+
+    fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool) {
+        let slot = &mut self.slots[segment.tensor.index()];
+        slot.buffer.ensure(slot.size());
+        let range = slot.range(&rows_of(segment));
+        let global = &mut slot.state.global[range.clone()];
+        codec.decode(mean, global);
+        if !counted {
+            slot.state.local[range.clone()].copy_from_slice(global);
+        }
+        slot.buffer[range].copy_from_slice(global);
+    }
+
+    fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32> {
+        let slot = &self.slots[segment.tensor.index()];
+        self.row_energy.resize(segment.rows(), 0.0);
+        self.kernels.energy(
+            &slot.state,
+            &slot.buffer,
+            rows_of(segment),
+            &mut self.row_energy,
+        );
+        let mut rows = select_top_k(&self.row_energy, k);
+        rows.iter_mut().for_each(|row| *row += segment.row_start);
+        rows
+    }
+
+    fn commit(&mut self, ends: &[SegmentCommit<'_>]) -> Vec<Energies> {
+        ends.iter().map(|end| self.commit_segment(end)).collect()
+    }
 
     fn result(&self, tensor: TensorId) -> &[f32] {
         let slot = &self.slots[tensor.index()];
@@ -424,6 +421,10 @@ impl Backend for CpuBackend {
         self.slots
             .iter_mut()
             .for_each(|slot| slot.buffer.give_back());
+    }
+
+    fn failure(&self) -> Option<DeviceFault> {
+        self.fault.clone()
     }
 
     fn export(&self, tensor: TensorId) -> StateArrays {
@@ -439,7 +440,7 @@ impl Backend for CpuBackend {
 
     fn optional_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)> {
         let slot = &self.slots[tensor.index()];
-        if slot.keeps_late {
+        if slot.rule.keeps_late {
             vec![("residual", slot.size())]
         } else {
             Vec::new()
@@ -456,7 +457,7 @@ impl Backend for CpuBackend {
 
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]) {
         let slot = &mut self.slots[tensor.index()];
-        if slot.keeps_late {
+        if slot.rule.keeps_late {
             slot.late = values.to_vec();
             return;
         }

@@ -1,22 +1,25 @@
 //! Where compression runs: the storage of one worker's gradients and feedback state, and the passes over it.
 //!
-//! [`StepMachine`](crate::step::StepMachine) decides what happens and when; a backend does it. The unit is the
-//! segment (the rows of one tensor that one shard owns), so that a device needs one call per segment and
-//! nothing but bytes for the wire crosses the bus. [`CpuBackend`] runs
+//! [`StepMachine`](crate::step::StepMachine) decides what happens and when; a backend does it. It is called once per bucket
+//! and phase, or once per round, with all segments (the rows of one tensor that one shard owns) at once, so that a device needs
+//! one launch for each and nothing but bytes for the wire crosses the bus. [`CpuBackend`] runs
 //! [`Kernels`](arc_topk_common::compress::Kernels).
 
 mod cpu;
+pub mod device;
 mod lent;
 mod norms;
+mod rules;
 
 pub use cpu::CpuBackend;
-pub(crate) use cpu::tensor_segments;
+pub use device::{DeviceGradient, DeviceStats};
 pub use lent::Lent;
 
-use arc_topk_common::compress::{ProjectionKey, ValueCodec};
-use arc_topk_common::ids::TensorId;
-use arc_topk_common::plan::Segment;
+use arc_topk_common::compress::{Kernels, ProjectionKey, ValueCodec};
+use arc_topk_common::ids::{BucketId, TensorId};
+use arc_topk_common::plan::{Plan, Segment};
 use half::{bf16, f16};
+use std::sync::Arc;
 
 /// A gradient as the trainer has it: row-major, without padding.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +32,8 @@ pub enum Gradient<'a> {
     F16(&'a [f16]),
     /// IEEE single, in memory that is the backend's until [`Backend::give_back`]: U and the result take the gradient's place there.
     Lent(Lent),
+    /// On a GPU, in memory that is the backend's until [`Backend::give_back`].
+    OnDevice(DeviceGradient),
     /// No gradient on this worker: zeros.
     Absent,
 }
@@ -42,6 +47,7 @@ impl Gradient<'_> {
             Self::Bf16(values) => Some(values.len()),
             Self::F16(values) => Some(values.len()),
             Self::Lent(lent) => Some(lent.elements()),
+            Self::OnDevice(lent) => Some(lent.elements()),
             Self::Absent => None,
         }
     }
@@ -64,13 +70,39 @@ pub struct LoadPass {
     pub measure: bool,
 }
 
-/// What [`Backend::load`] found.
+/// What [`Backend::open`] found and made.
 #[derive(Clone, PartialEq, Debug, Default)]
-pub struct Loaded {
-    /// Whether all of U is finite, per segment of the tensor by ascending rows.
+pub struct Opened {
+    /// By shard, whether U of all its segments of the bucket is finite.
     pub finite: Vec<bool>,
-    /// ‖g‖², if it was asked for.
+    /// By shard, what was encoded.
+    pub frames: Vec<Vec<u8>>,
+    /// ‖g‖² over the bucket's tensors, if it was asked for.
     pub gradient_energy: f64,
+}
+
+/// What of a segment to encode.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum PieceValues<'a> {
+    /// The sketch (rows × r).
+    Sketch,
+    /// A\[rows,:\], as one array: absolute rows of the segment, ascending.
+    Rows(&'a [u32]),
+    /// All of A in a dense round, or of a tensor that travels whole.
+    All,
+    /// The estimate h (ef21 and ef21m).
+    Estimates,
+}
+
+/// An array of values in a frame.
+#[derive(Clone, Copy, PartialEq, Debug)]
+pub struct Piece<'a> {
+    /// Of this segment.
+    pub segment: Segment,
+    /// These values of it.
+    pub values: PieceValues<'a>,
+    /// In this encoding.
+    pub codec: ValueCodec,
 }
 
 /// Rows of a segment, by absolute row number.
@@ -127,42 +159,63 @@ pub struct Energies {
 /// Named arrays of one tensor's feedback state. Empty ones are left out.
 pub type StateArrays = Vec<(&'static str, Vec<f32>)>;
 
+/// A device that does not work any more. What it holds is lost; the remedy is in the text.
+#[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct DeviceFault(pub String);
+
 /// One worker's buffers and feedback state.
 ///
-/// Order of calls in a step: [`load`](Backend::load) for every tensor (of none if the worker abstains), then any of the encoders, then either
-/// [`commit`](Backend::commit) once for every segment, or nothing (the step is skipped and U is forgotten).
-/// Only `commit` changes feedback state.
+/// Order of calls in a step: [`load`](Backend::load) for every tensor of a bucket, then [`open`](Backend::open) for the bucket (of none if
+/// the worker abstains), then any of [`encode`](Backend::encode) and [`top_rows`](Backend::top_rows), then either
+/// [`commit`](Backend::commit) or [`restore`](Backend::restore) once for every segment, or nothing (the step is skipped and U is
+/// forgotten). Only those two change feedback state.
+///
+/// A call on a device can fail. [`failure`](Backend::failure) tells afterwards; nothing that a backend says after its failure
+/// means anything, and it stays failed.
 pub trait Backend: Send {
-    /// Takes over a gradient: forms U and, if asked for, the sketch.
-    fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass) -> Loaded;
+    /// Takes over a gradient.
+    fn load(&mut self, tensor: TensorId, gradient: Gradient<'_>, pass: LoadPass);
 
-    /// Appends the encoding of a segment's sketch (rows × r).
-    fn encode_sketch(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+    /// All gradients of a bucket are loaded: U is formed and, where it was asked for, sketched; `frames` (by shard, what its first
+    /// frame holds, in order) are encoded.
+    fn open(&mut self, bucket: BucketId, frames: &[Vec<Piece<'_>>]) -> Opened;
 
-    /// Appends the encoding of A\[rows,:\] (absolute rows of the segment, ascending), as one array.
-    fn encode_rows(&mut self, segment: Segment, rows: &[u32], codec: ValueCodec, out: &mut Vec<u8>);
+    /// Appends the encodings, one after the other.
+    fn encode(&mut self, pieces: &[Piece<'_>], out: &mut Vec<u8>);
 
-    /// Appends the encoding of a whole segment in a dense round.
-    fn encode_all(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+    /// The `k` rows of a segment with the largest ‖A_j‖², absolute, ascending; a tie goes to the lower row.
+    fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32>;
 
-    /// Appends the encoding of a segment's estimate h (ef21 and ef21m).
-    fn encode_estimates(&mut self, segment: Segment, codec: ValueCodec, out: &mut Vec<u8>);
+    /// Ends the rounds of segments: feedback state moves on, and their parts of the results are in place. Energies of each.
+    fn commit(&mut self, ends: &[SegmentCommit<'_>]) -> Vec<Energies>;
 
     /// Ends a segment's round with a new H (ef21 and ef21m): result = H = the encoded mean; h and v stay, but for a worker
     /// that was not counted, which takes H for its h.
     fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool);
 
-    /// The `k` rows of a segment with the largest ‖A_j‖², absolute, ascending; a tie goes to the lower row.
-    fn top_rows(&mut self, segment: Segment, k: usize) -> Vec<u32>;
-
-    /// Ends a segment's round: feedback state moves on and the segment's part of the result is in place.
-    fn commit(&mut self, end: SegmentCommit<'_>) -> Energies;
-
-    /// The result of a tensor after every segment was committed (elements, without padding).
+    /// The result of a tensor after every segment was committed (elements, without padding). Empty if it lies on a device,
+    /// where the gradient was lent.
     fn result(&self, tensor: TensorId) -> &[f32];
 
     /// Memory that was lent is not touched any more. The results that lie there are no longer the backend's to give.
     fn give_back(&mut self);
+
+    /// An event of the device (a `CUevent`) that happens once the results lie where gradients were lent; `None`: they do already.
+    /// It is good until the next call.
+    fn finished(&mut self) -> Option<u64> {
+        None
+    }
+
+    /// What the device did so far, and what lies on it; `None` without one.
+    fn device_stats(&self) -> Option<DeviceStats> {
+        None
+    }
+
+    /// Why the device does not work any more; `None` while it does.
+    fn failure(&self) -> Option<DeviceFault> {
+        None
+    }
 
     /// Feedback state of a tensor.
     fn export(&self, tensor: TensorId) -> StateArrays;
@@ -176,4 +229,13 @@ pub trait Backend: Send {
     /// Replaces one array of a tensor's feedback state. Name and length are from [`Backend::state_lengths`] or
     /// [`Backend::optional_lengths`]; an optional one that is left out is empty.
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]);
+}
+
+/// Makes a worker's backend, once its plan is known.
+pub type MakeBackend = Arc<dyn Fn(&Plan) -> Result<Box<dyn Backend>, DeviceFault> + Send + Sync>;
+
+/// In main memory, with these loops.
+#[must_use]
+pub fn on_cpu(kernels: Arc<dyn Kernels>) -> MakeBackend {
+    Arc::new(move |plan| Ok(Box::new(CpuBackend::new(plan, Arc::clone(&kernels)))))
 }

@@ -12,10 +12,9 @@ mod reducer;
 
 pub use reducer::MemoryReducer;
 
-use crate::backend::{CpuBackend, Gradient};
+use crate::backend::{DeviceFault, Gradient, MakeBackend, on_cpu};
 use crate::reducer::ReduceError;
 use crate::step::{Outgoing, StepError, StepMachine, StepOutcome};
-use arc_topk_common::compress::Kernels;
 use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::ids::{Epoch, Rank, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanError, PlanSpec};
@@ -28,8 +27,8 @@ use std::sync::Arc;
 /// Settings of a job in memory.
 #[derive(Clone)]
 pub struct MemoryOptions {
-    /// Loops that the workers run.
-    pub kernels: Arc<dyn Kernels>,
+    /// Where the workers compress.
+    pub backend: MakeBackend,
     /// Deliver frames in a random order drawn from this seed; `None`: first come, first served. Results do not depend on it.
     pub order_seed: Option<u64>,
     /// Fewer live workers than this end the job.
@@ -43,7 +42,7 @@ pub struct MemoryOptions {
 impl Default for MemoryOptions {
     fn default() -> Self {
         Self {
-            kernels: Arc::new(Fast),
+            backend: on_cpu(Arc::new(Fast)),
             order_seed: None,
             min_workers: 1,
             start: Step(0),
@@ -58,6 +57,9 @@ pub enum MemoryError {
     /// The spec gives no plan.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// A worker's device cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceFault),
     /// No workers were asked for.
     #[error("a job needs at least one worker: pass 1 or more")]
     NoWorkers,
@@ -327,16 +329,17 @@ impl Job {
         }
         let plan = Arc::new(Plan::build(spec)?);
         let machine = |_| {
-            let backend = Box::new(CpuBackend::new(&plan, Arc::clone(&options.kernels)));
-            StepMachine::with_backend(
+            let backend = (options.backend)(&plan)?;
+            Ok(StepMachine::with_backend(
                 Arc::clone(&plan),
                 backend,
                 Epoch(0),
                 options.start,
                 options.update,
-            )
+            ))
         };
-        let mut machines: Vec<StepMachine> = (0..workers).map(machine).collect();
+        let machines: Result<Vec<StepMachine>, DeviceFault> = (0..workers).map(machine).collect();
+        let mut machines = machines?;
         let mut mail = Vec::new();
         let network = Network::connect(
             &plan.spec,

@@ -187,6 +187,7 @@ impl Reducer for MemoryReducer {
         }
         let start = Instant::now();
         let mut outcome = self.machine.commit();
+        self.machine.check_device()?;
         self.compress += start.elapsed();
         outcome.stats.compress_seconds = self.compress.as_secs_f64();
         outcome.stats.wait_seconds = wait_seconds;

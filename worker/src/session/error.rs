@@ -1,5 +1,6 @@
 //! Why a worker could not join.
 
+use crate::backend::DeviceFault;
 use arc_topk_common::plan::PlanError;
 use arc_topk_common::wire::RefusalCode;
 use arc_topk_transport::TransportError;
@@ -10,6 +11,9 @@ pub enum ConnectError {
     /// The plan is not valid.
     #[error(transparent)]
     Plan(#[from] PlanError),
+    /// The device to compute on cannot be used.
+    #[error(transparent)]
+    Device(#[from] DeviceFault),
     /// The plan was made for another number of shards.
     #[error(
         "the plan has {plan} shards, but {addresses} addresses were given: list every shard once, in the same order on all workers"

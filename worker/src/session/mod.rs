@@ -47,7 +47,7 @@ mod supervisor;
 pub use config::{NetConfig, NetEvent, NetObserver};
 pub use error::ConnectError;
 
-use crate::backend::{Backend, CpuBackend, Lent};
+use crate::backend::{Lent, MakeBackend, on_cpu};
 use crate::member::{Member, MemberConfig};
 use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
@@ -118,9 +118,7 @@ impl QuicReducer {
     /// # Errors
     /// The plan is not valid, a shard cannot be reached or refuses this worker, or the others do not come.
     pub fn connect(config: NetConfig, spec: PlanSpec) -> Result<Self, ConnectError> {
-        Self::connect_with(config, spec, |plan| {
-            Box::new(CpuBackend::new(plan, Arc::new(Fast)))
-        })
+        Self::connect_with(config, spec, &on_cpu(Arc::new(Fast)))
     }
 
     /// As [`QuicReducer::connect`], on a backend of the caller's.
@@ -130,7 +128,7 @@ impl QuicReducer {
     pub fn connect_with(
         config: NetConfig,
         spec: PlanSpec,
-        backend: impl FnOnce(&Plan) -> Box<dyn Backend>,
+        backend: &MakeBackend,
     ) -> Result<Self, ConnectError> {
         if usize::from(spec.shards) != config.shards.len() {
             return Err(ConnectError::ShardCount {
@@ -145,6 +143,8 @@ impl QuicReducer {
                 addresses: 0,
             });
         }
+        // Before anybody waits for this worker.
+        let backend = backend(&plan)?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(config.io_threads.max(1))
             .thread_name("arc-io")
@@ -153,7 +153,6 @@ impl QuicReducer {
             .map_err(|e| ConnectError::Runtime(e.to_string()))?;
         let dialer = Arc::new(Dialer::new(config, Arc::clone(&plan)));
         let first = runtime.block_on(dialer.join())?;
-        let backend = backend(&plan);
         let (welcome, update) = (&first.welcome, dialer.config.start_update);
         let epoch = welcome.place.epoch;
         let machine =
@@ -392,8 +391,11 @@ impl Reducer for QuicReducer {
         self.shared.wait_complete(step, self.progress_timeout)?;
         let wait_seconds = started.elapsed().as_secs_f64();
         let committing = Instant::now();
-        let mut outcome = self.shared.core().member.commit();
+        let mut core = self.shared.core();
+        let mut outcome = core.member.commit();
         self.open = None;
+        core.member.machine().check_device()?;
+        drop(core);
         let (sent, received) = self.shared.control.take();
         outcome.stats.sent.control += sent;
         outcome.stats.received.control += received;

@@ -1,5 +1,6 @@
 //! What can go wrong in a step.
 
+use crate::backend::DeviceFault;
 use arc_topk_common::ids::{BucketId, ShardId, Step};
 use arc_topk_common::wire::{FrameKind, WireError};
 
@@ -97,6 +98,9 @@ pub enum StepError {
         /// Cause.
         source: WireError,
     },
+    /// The device that this worker computes on does not work any more.
+    #[error(transparent)]
+    Device(DeviceFault),
 }
 
 /// Saved feedback state that does not fit the plan. Nothing was imported.

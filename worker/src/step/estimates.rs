@@ -9,7 +9,7 @@ use super::exchange::Exchange;
 use super::round::{Round, Traffic};
 use super::stats::ByteCounts;
 use super::{Outgoing, StepContext};
-use crate::backend::Backend;
+use crate::backend::{Backend, Piece, PieceValues};
 use arc_topk_common::wire::{FrameFlags, FrameKind, RoundShape, WireError};
 use bytes::Bytes;
 
@@ -22,16 +22,17 @@ impl Round {
         traffic: &mut Traffic,
     ) -> Outgoing {
         let layout = self.shape.dense_layout();
-        let mut body = Vec::with_capacity(layout.bytes);
-        let codec = self.shape.codec_dense;
-        for exchange in &self.exchanges {
-            let segment = exchange.shape.segment;
-            if exchange.sparse {
-                backend.encode_estimates(segment, codec, &mut body);
+        let piece = |exchange: &Exchange| {
+            let values = if exchange.sparse {
+                PieceValues::Estimates
             } else {
-                backend.encode_all(segment, codec, &mut body);
-            }
-        }
+                PieceValues::All
+            };
+            exchange.piece(values, self.shape.codec_dense)
+        };
+        let pieces: Vec<Piece<'_>> = self.exchanges.iter().map(piece).collect();
+        let mut body = Vec::with_capacity(layout.bytes);
+        backend.encode(&pieces, &mut body);
         let body = Bytes::from(body);
         let ranges = layout.sparse.iter().chain(&layout.dense);
         for (exchange, range) in self.exchanges.iter_mut().zip(ranges) {
@@ -60,14 +61,12 @@ impl Round {
 
 impl Exchange {
     /// Puts the new H in place.
-    pub(super) fn restore(&mut self, round: &RoundShape, backend: &mut dyn Backend) {
+    pub(super) fn restore(&self, round: &RoundShape, backend: &mut dyn Backend) {
         backend.restore(
             self.shape.segment,
             round.codec_dense,
             &self.mean,
             self.counted,
         );
-        self.sent = Bytes::new();
-        self.mean = Bytes::new();
     }
 }

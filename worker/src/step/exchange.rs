@@ -2,7 +2,7 @@
 
 use super::StepContext;
 use super::stats::ByteCounts;
-use crate::backend::{Backend, SegmentCommit, SentRows};
+use crate::backend::{Backend, Piece, PieceValues, SegmentCommit, SentRows};
 use arc_topk_common::compress::{ValueCodec, randk_rows};
 use arc_topk_common::wire::{FrameKind, RoundShape, SegmentShape, append_selection};
 use bytes::Bytes;
@@ -24,45 +24,50 @@ pub(super) struct Exchange {
 }
 
 impl Exchange {
-    /// Appends this segment's part of the first frame. Returns where the part lies that commit will need.
-    pub(super) fn encode_first(
+    /// This segment's part of the first frame; `None` if it takes another look at A (topk).
+    pub(super) fn first_piece(&self, kind: FrameKind, round: &RoundShape) -> Option<Piece<'_>> {
+        let (values, codec) = match kind {
+            FrameKind::Sparse => return None,
+            FrameKind::Sketch if self.sparse => (PieceValues::Sketch, round.codec_sketch),
+            FrameKind::Values if self.sparse => (PieceValues::Rows(&self.own), round.codec_up),
+            _ => (PieceValues::All, round.codec_dense),
+        };
+        Some(self.piece(values, codec))
+    }
+
+    /// Values of this segment.
+    pub(super) fn piece<'a>(&self, values: PieceValues<'a>, codec: ValueCodec) -> Piece<'a> {
+        Piece {
+            segment: self.shape.segment,
+            values,
+            codec,
+        }
+    }
+
+    /// topk: chooses this worker's rows and appends them, with their values. Returns where the values lie.
+    pub(super) fn encode_own(
         &mut self,
-        kind: FrameKind,
         round: &RoundShape,
         backend: &mut dyn Backend,
-        ctx: &StepContext<'_>,
         body: &mut Vec<u8>,
         sent: &mut ByteCounts,
     ) -> Range<usize> {
         let segment = self.shape.segment;
         let mut start = body.len();
-        match kind {
-            _ if !self.sparse => backend.encode_all(segment, round.codec_dense, body),
-            FrameKind::Sketch => {
-                backend.encode_sketch(segment, round.codec_sketch, body);
-                sent.sketch += (body.len() - start) as u64;
-                return 0..0;
-            }
-            FrameKind::Values => {
-                self.own = self.shared_rows(ctx);
-                backend.encode_rows(segment, &self.own, round.codec_up, body);
-            }
-            FrameKind::Sparse => {
-                self.own = backend.top_rows(segment, self.shape.keep);
-                let relative: Vec<u32> =
-                    self.own.iter().map(|row| row - segment.row_start).collect();
-                append_selection(self.shape.rows, &relative, body);
-                sent.selection += (body.len() - start) as u64;
-                start = body.len();
-                backend.encode_rows(segment, &self.own, round.codec_up, body);
-            }
-            _ => backend.encode_all(segment, round.codec_dense, body),
-        }
-        let bytes = (body.len() - start) as u64;
-        if self.sparse && matches!(kind, FrameKind::Values | FrameKind::Sparse) {
-            sent.values += bytes;
+        if self.sparse {
+            self.own = backend.top_rows(segment, self.shape.keep);
+            let relative: Vec<u32> = self.own.iter().map(|row| row - segment.row_start).collect();
+            append_selection(self.shape.rows, &relative, body);
+            sent.selection += (body.len() - start) as u64;
+            start = body.len();
+            backend.encode(
+                &[self.piece(PieceValues::Rows(&self.own), round.codec_up)],
+                body,
+            );
+            sent.values += (body.len() - start) as u64;
         } else {
-            sent.dense += bytes;
+            backend.encode(&[self.piece(PieceValues::All, round.codec_dense)], body);
+            sent.dense += (body.len() - start) as u64;
         }
         start..body.len()
     }

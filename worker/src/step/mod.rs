@@ -69,7 +69,7 @@ pub use result::{RowsCame, TensorResult};
 pub use state::{SHARED_ARRAY, WorkerState};
 pub use stats::{ByteCounts, StepOutcome, StepStats};
 
-use crate::backend::{Backend, CpuBackend, Gradient, LoadPass, tensor_segments};
+use crate::backend::{Backend, CpuBackend, DeviceStats, Gradient, LoadPass, Opened, Piece};
 use arc_topk_common::compress::{Kernels, ProjectionKey};
 use arc_topk_common::config::algorithm::{Compressor, RoundKind};
 use arc_topk_common::ids::{BucketId, Epoch, Rank, ShardId, Step, TensorId};
@@ -153,8 +153,6 @@ pub struct StepMachine {
     filled: Vec<bool>,
     /// Per bucket, tensors that are not filled.
     missing: Vec<usize>,
-    /// Per tensor, the shards of its segments by ascending rows.
-    owners: Vec<Vec<ShardId>>,
     came: Vec<Came>,
     traffic: Traffic,
     gradient_energy: f64,
@@ -188,7 +186,6 @@ impl StepMachine {
         update: u64,
     ) -> Self {
         let tensors = plan.tensors.len();
-        let owners = owners(&plan);
         Self {
             backend,
             epoch,
@@ -202,7 +199,6 @@ impl StepMachine {
             open_rounds: 0,
             filled: vec![false; tensors],
             missing: vec![0; plan.buckets.len()],
-            owners,
             came: vec![Came::default(); tensors],
             traffic: Traffic::default(),
             gradient_energy: 0.0,
@@ -295,23 +291,13 @@ impl StepMachine {
             return Ok(());
         }
         let bucket = self.plan.tensors[tensor.index()].bucket;
-        let loaded = self.backend.load(tensor, gradient, self.load_pass(tensor));
-        self.gradient_energy += loaded.gradient_energy;
-        for (shard, finite) in self.owners[tensor.index()].iter().zip(&loaded.finite) {
-            if !finite {
-                let at = self.round_at(bucket, *shard);
-                self.rounds[at]
-                    .as_mut()
-                    .expect("an owner holds a round")
-                    .mark_non_finite();
-            }
-        }
+        self.backend.load(tensor, gradient, self.load_pass(tensor));
         self.filled[tensor.index()] = true;
         self.missing[bucket.index()] -= 1;
         if self.missing[bucket.index()] == 0 {
             self.open_bucket(bucket, out);
         }
-        Ok(())
+        self.check_device()
     }
 
     /// No more gradients come in this step: the missing ones count as zeros.
@@ -322,8 +308,9 @@ impl StepMachine {
         let plan = Arc::clone(&self.plan);
         for tensor in plan.buckets.iter().flat_map(|bucket| &bucket.tensors) {
             if !self.filled[tensor.index()] {
-                self.fill_any(*tensor, Gradient::Absent, out)
-                    .expect("an absent gradient fits every missing tensor");
+                let filled = self.fill_any(*tensor, Gradient::Absent, out);
+                // An absent gradient fits every missing tensor: it is the device, which `handle` and the driver will find, too.
+                debug_assert!(filled.is_ok() || self.backend.failure().is_some());
             }
         }
     }
@@ -359,8 +346,20 @@ impl StepMachine {
         if round.state() != before && matches!(round.state(), State::Closed | State::NonFinite) {
             self.open_rounds -= 1;
         }
+        self.check_device()?;
         out.extend(answer);
         Ok(())
+    }
+
+    /// Whether the device that the backend computes on still works. To be asked after [`StepMachine::commit`], which cannot
+    /// tell; results and state mean nothing if it does not.
+    ///
+    /// # Errors
+    /// If it does not.
+    pub fn check_device(&self) -> Result<(), StepError> {
+        self.backend
+            .failure()
+            .map_or(Ok(()), |fault| Err(StepError::Device(fault)))
     }
 
     /// Whether every gradient is there and every round has closed.
@@ -434,6 +433,17 @@ impl StepMachine {
         if self.progress == Progress::Committed {
             self.progress = Progress::Idle;
         }
+    }
+
+    /// An event of the device (a `CUevent`) that happens once results lie where gradients were lent; `None`: they do already.
+    pub fn finished(&mut self) -> Option<u64> {
+        self.backend.finished()
+    }
+
+    /// What the device did so far, and what lies on it; `None` on the CPU.
+    #[must_use]
+    pub fn device_stats(&self) -> Option<DeviceStats> {
+        self.backend.device_stats()
     }
 
     fn kind(&self) -> RoundKind {
@@ -518,7 +528,7 @@ impl StepMachine {
         })
     }
 
-    /// Every gradient of the bucket is there.
+    /// Every gradient of the bucket is there, or the step abstains.
     fn open_bucket(&mut self, bucket: BucketId, out: &mut Vec<Outgoing>) {
         let shards = usize::from(self.plan.spec.shards);
         let ctx = StepContext {
@@ -529,31 +539,32 @@ impl StepMachine {
             update: self.update,
         };
         let start = bucket.index() * shards;
-        for round in self.rounds[start..start + shards].iter_mut().flatten() {
-            out.push(round.open(&mut *self.backend, &ctx, &mut self.traffic));
+        let rounds = &mut self.rounds[start..start + shards];
+        for round in rounds.iter_mut().flatten() {
+            round.prepare(&ctx);
         }
-    }
-}
-
-/// Per tensor, the shards that own its segments, by ascending rows.
-fn owners(plan: &Plan) -> Vec<Vec<ShardId>> {
-    let mut owners: Vec<Vec<(u32, ShardId)>> = vec![Vec::new(); plan.tensors.len()];
-    for bucket in &plan.buckets {
-        for (shard, segments) in (0u16..).zip(&bucket.segments) {
-            for segment in segments {
-                owners[segment.tensor.index()].push((segment.row_start, ShardId(shard)));
+        let opened = if self.abstains {
+            Opened::default()
+        } else {
+            let rounds = rounds.iter().map(Option::as_ref);
+            let frames: Vec<Vec<Piece<'_>>> = rounds
+                .map(|round| round.map_or_else(Vec::new, Round::first_pieces))
+                .collect();
+            self.backend.open(bucket, &frames)
+        };
+        if self.backend.failure().is_some() {
+            return;
+        }
+        self.gradient_energy += opened.gradient_energy;
+        let mut frames = opened.frames.into_iter();
+        let mut finite = opened.finite.into_iter();
+        for round in rounds {
+            let (encoded, finite) = (frames.next().unwrap_or_default(), finite.next());
+            let Some(round) = round else { continue };
+            if finite == Some(false) {
+                round.mark_non_finite();
             }
+            out.push(round.open(encoded, &mut *self.backend, &ctx, &mut self.traffic));
         }
     }
-    debug_assert_eq!(
-        owners.iter().map(Vec::len).sum::<usize>(),
-        tensor_segments(plan).iter().map(Vec::len).sum::<usize>()
-    );
-    for owners in &mut owners {
-        owners.sort_unstable();
-    }
-    owners
-        .into_iter()
-        .map(|owners| owners.into_iter().map(|(_, shard)| shard).collect())
-        .collect()
 }

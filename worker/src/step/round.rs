@@ -4,7 +4,7 @@ use super::error::StepError;
 use super::exchange::Exchange;
 use super::stats::ByteCounts;
 use super::{Outgoing, StepContext};
-use crate::backend::{Backend, Energies, SegmentCommit};
+use crate::backend::{Backend, Energies, Piece, PieceValues, SegmentCommit};
 use arc_topk_common::ids::{BucketId, ShardId};
 use arc_topk_common::plan::Plan;
 use arc_topk_common::wire::{
@@ -150,9 +150,27 @@ impl Round {
         self.shape.shard
     }
 
-    /// All gradients are there: sends the first frame.
+    /// Before the first frame: the rows that need no frame to be known.
+    pub(super) fn prepare(&mut self, ctx: &StepContext<'_>) {
+        self.take_shared_rows(ctx);
+    }
+
+    /// What the first frame holds; nothing if this worker abstains, or must look at A first (topk).
+    pub(super) fn first_pieces(&self) -> Vec<Piece<'_>> {
+        if self.abstains {
+            return Vec::new();
+        }
+        let kind = self.phases[0].up;
+        let exchanges = self.exchanges.iter();
+        exchanges
+            .filter_map(|exchange| exchange.first_piece(kind, &self.shape))
+            .collect()
+    }
+
+    /// All gradients are there: sends the first frame, of which `encoded` is what [`Round::first_pieces`] asked for.
     pub(super) fn open(
         &mut self,
+        encoded: Vec<u8>,
         backend: &mut dyn Backend,
         ctx: &StepContext<'_>,
         traffic: &mut Traffic,
@@ -160,7 +178,6 @@ impl Round {
         self.state = State::Awaiting(0);
         let kind = self.phases[0].up;
         if self.abstains || !self.finite {
-            self.take_shared_rows(ctx);
             let flags = FrameFlags {
                 absent: self.abstains,
                 non_finite: !self.abstains,
@@ -168,28 +185,52 @@ impl Round {
             };
             return self.outgoing(0, flags, Bytes::new(), ctx, traffic);
         }
-        let layout = match kind {
-            FrameKind::Sketch => self.shape.sketch_layout(),
-            FrameKind::Values => self.shape.values_layout(&self.shape.keep(), Direction::Up),
-            _ => self.shape.dense_layout(),
+        let body = if kind == FrameKind::Sparse {
+            self.encode_own_rows(backend, &mut traffic.sent)
+        } else {
+            self.take_first(kind, encoded, &mut traffic.sent)
         };
-        let mut body = Vec::with_capacity(layout.bytes);
-        let mut ranges: Vec<Range<usize>> = Vec::with_capacity(self.exchanges.len());
+        self.outgoing(0, FrameFlags::default(), body, ctx, traffic)
+    }
+
+    /// topk: each segment's rows and their values.
+    fn encode_own_rows(&mut self, backend: &mut dyn Backend, sent: &mut ByteCounts) -> Bytes {
+        let mut body = Vec::with_capacity(self.shape.dense_layout().bytes);
+        let mut ranges = Vec::with_capacity(self.exchanges.len());
         for exchange in &mut self.exchanges {
-            ranges.push(exchange.encode_first(
-                kind,
-                &self.shape,
-                backend,
-                ctx,
-                &mut body,
-                &mut traffic.sent,
-            ));
+            ranges.push(exchange.encode_own(&self.shape, backend, &mut body, sent));
         }
         let body = Bytes::from(body);
         for (exchange, range) in self.exchanges.iter_mut().zip(ranges) {
             exchange.sent = body.slice(range);
         }
-        self.outgoing(0, FrameFlags::default(), body, ctx, traffic)
+        body
+    }
+
+    /// Any other first frame: what of it the commit will need.
+    fn take_first(&mut self, kind: FrameKind, encoded: Vec<u8>, sent: &mut ByteCounts) -> Bytes {
+        let layout = match kind {
+            FrameKind::Sketch => self.shape.sketch_layout(),
+            FrameKind::Values => self.shape.values_layout(&self.shape.keep(), Direction::Up),
+            _ => self.shape.dense_layout(),
+        };
+        debug_assert_eq!(encoded.len(), layout.bytes);
+        let body = Bytes::from(encoded);
+        let compressed = bytes_of(&layout.sparse);
+        match kind {
+            FrameKind::Sketch => sent.sketch += compressed,
+            FrameKind::Values => sent.values += compressed,
+            _ => sent.dense += compressed,
+        }
+        sent.dense += bytes_of(&layout.dense);
+        let (sparse, dense) = self.exchanges.split_at_mut(self.shape.sparse.len());
+        let values = sparse.iter_mut().zip(&layout.sparse);
+        // The commit needs no sketch.
+        let values = values.filter(|_| kind != FrameKind::Sketch);
+        for (exchange, range) in values.chain(dense.iter_mut().zip(&layout.dense)) {
+            exchange.sent = body.slice(range.clone());
+        }
+        body
     }
 
     /// A frame of the shard. Returns the next frame up, if there is one.
@@ -409,15 +450,12 @@ impl Round {
             .map(|e| e.own.len())
             .collect();
         let layout = self.shape.values_layout(&kept, Direction::Up);
+        let exchanges = self.exchanges[..sparse].iter();
+        let pieces: Vec<Piece<'_>> = exchanges
+            .map(|exchange| exchange.piece(PieceValues::Rows(&exchange.own), self.shape.codec_up))
+            .collect();
         let mut body = Vec::with_capacity(layout.bytes);
-        for exchange in &self.exchanges[..sparse] {
-            backend.encode_rows(
-                exchange.shape.segment,
-                &exchange.own,
-                self.shape.codec_up,
-                &mut body,
-            );
-        }
+        backend.encode(&pieces, &mut body);
         let body = Bytes::from(body);
         for (exchange, range) in self.exchanges.iter_mut().zip(&layout.sparse) {
             exchange.sent = body.slice(range.clone());
@@ -440,30 +478,35 @@ impl Round {
         };
         let dense_round = self.shape.is_dense();
         let (abstained, measure) = (self.abstains, measure && !self.abstains);
-        for exchange in &mut self.exchanges {
-            let all_rows = dense_round || !exchange.sparse;
-            if self.restored && exchange.sparse {
-                exchange.restore(&self.shape, backend);
-                came(&exchange.shape, None);
-                continue;
-            }
-            let energies = backend.commit(SegmentCommit {
+        let (restored, ending): (Vec<&Exchange>, Vec<&Exchange>) = self
+            .exchanges
+            .iter()
+            .partition(|exchange| self.restored && exchange.sparse);
+        for exchange in restored {
+            exchange.restore(&self.shape, backend);
+            came(&exchange.shape, None);
+        }
+        let all_rows = |exchange: &Exchange| dense_round || !exchange.sparse;
+        let ends: Vec<SegmentCommit<'_>> = ending
+            .iter()
+            .map(|exchange| SegmentCommit {
                 abstained,
-                ..exchange.end(all_rows, &self.shape, measure)
-            });
+                ..exchange.end(all_rows(exchange), &self.shape, measure)
+            })
+            .collect();
+        for (exchange, energies) in ending.into_iter().zip(backend.commit(&ends)) {
             total.residual += energies.residual;
             if exchange.sparse {
                 total.sparse.input += energies.input;
                 total.sparse.sent += energies.sent;
-                let rows = if all_rows {
-                    None
-                } else {
-                    Some(exchange.union.as_deref().unwrap_or(&exchange.own))
-                };
+                let rows = (!all_rows(exchange))
+                    .then_some(exchange.union.as_deref().unwrap_or(&exchange.own));
                 let count = rows.map_or(exchange.shape.rows, <[u32]>::len);
                 total.elements_came += (count * exchange.shape.width) as u64;
                 came(&exchange.shape, rows);
             }
+        }
+        for exchange in &mut self.exchanges {
             exchange.sent = Bytes::new();
             exchange.mean = Bytes::new();
         }
