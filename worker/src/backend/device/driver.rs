@@ -18,7 +18,7 @@ pub trait Driver: Send {
     fn free(&mut self, address: u64, bytes: usize);
 
     /// Where the next [`send`](Driver::send), of so many bytes, will put them: memory of the driver's own (address: a multiple of
-    /// 256), which stays as it is until the call of `stage` after the next one.
+    /// 256). Launches until the next call of `stage` find them there.
     ///
     /// # Errors
     /// If there is not enough memory.
