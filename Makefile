@@ -91,6 +91,10 @@ kernels: ## compile the CUDA kernels into worker/kernels/arc.fatbin (after a cha
 kernels-check: ## check that arc.fatbin is what the kernels' sources make (fetches the compiler, 104 MB)
 	$(PYTHON) worker/kernels/build.py --check
 
+.PHONY: gpu-check
+gpu-check: ## on a machine with an NVIDIA GPU: tests, compute-sanitizer, benchmark and training there
+	bash worker/kernels/gpu-check.sh
+
 $(DASH)/.ready: dashboards/tests/requirements.txt dashboards/package-lock.json dashboards/tools/prometheus.py
 	$(PYTHON) -m venv '$(DASH)/venv'
 	'$(DASH)/venv/bin/pip' install --quiet --disable-pip-version-check --requirement dashboards/tests/requirements.txt

@@ -1,6 +1,6 @@
 //! What a trainer sees: gradients in, results out, wherever the shards are.
 
-use crate::backend::Lent;
+use crate::backend::{DeviceFault, DeviceGradient, Lent};
 use crate::step::{ImportError, SHARED_ARRAY, StepError, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::plan::Plan;
@@ -165,6 +165,28 @@ pub trait Reducer: Send {
     /// As [`push`](Reducer::push).
     fn lend(&mut self, tensor: TensorId, gradient: Lent) -> Result<(), ReduceError> {
         self.push(tensor, gradient.values())
+    }
+
+    /// [`lend`](Reducer::lend) for a gradient on the GPU that this worker computes on. Its result lies there once the device has
+    /// reached [`finished`](Reducer::finished), unless [`for_each_result`](Reducer::for_each_result) has values for it.
+    ///
+    /// # Errors
+    /// As [`push`](Reducer::push), and if this worker does not compute on a GPU.
+    fn lend_on_device(
+        &mut self,
+        tensor: TensorId,
+        gradient: DeviceGradient,
+    ) -> Result<(), ReduceError> {
+        let _ = (tensor, gradient);
+        Err(ReduceError::Step(StepError::Device(DeviceFault(
+            "this worker computes on the CPU, and takes no gradients on a GPU".to_owned(),
+        ))))
+    }
+
+    /// After a step: an event of the device (a `CUevent`) that happens once the results lie where gradients were lent; `None`:
+    /// they do already. It is good until the next call.
+    fn finished(&mut self) -> Option<u64> {
+        None
     }
 
     /// Ends all loans of [`lend`](Reducer::lend). Call it after `for_each_result`, or a skipped step. False: a step is open, and

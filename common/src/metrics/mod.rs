@@ -17,7 +17,7 @@ use crate::wire::FrameKind;
 use prometheus::core::Collector;
 use prometheus::{
     Gauge, GaugeVec, Histogram, HistogramOpts, HistogramVec, IntCounter, IntCounterVec, IntGauge,
-    Opts, Registry, TextEncoder,
+    IntGaugeVec, Opts, Registry, TextEncoder,
 };
 use std::collections::HashMap;
 use std::sync::{Mutex, PoisonError};
@@ -83,6 +83,37 @@ labels!(
         Up = "up",
         /// Shard → worker.
         Down = "down",
+    }
+);
+labels!(
+    /// What a worker's GPU computes (label `kernel`).
+    DeviceKernel {
+        /// The pass over gradient and feedback state that sketches.
+        Sketch = "sketch",
+        /// Encoding of values.
+        Gather = "gather",
+        /// Feedback state and results at the end of a round.
+        Commit = "commit",
+        /// Energies of rows, in steps that measure.
+        Energy = "energy",
+    }
+);
+labels!(
+    /// Over the bus of a worker's GPU (label `direction`).
+    DeviceCopy {
+        /// To the GPU's memory.
+        In = "in",
+        /// From it.
+        Out = "out",
+    }
+);
+labels!(
+    /// What a GPU's memory is held for (label `use`).
+    DeviceMemory {
+        /// Feedback state.
+        State = "state",
+        /// Everything else: tables, sketches and frames.
+        Scratch = "scratch",
     }
 );
 labels!(

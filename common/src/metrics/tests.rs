@@ -40,6 +40,9 @@ fn exercised() -> [Registry; 2] {
     worker.observe_connection(0, figures);
     worker.reconnected(1, 0.5);
     worker.snapshot_uploaded(10, 0.5);
+    worker.add_device_seconds(DeviceKernel::Sketch, 0.5);
+    worker.add_device_copied(DeviceCopy::Out, 10);
+    worker.set_device_memory(DeviceMemory::State, 10);
     [shard.registry().clone(), worker.registry().clone()]
 }
 

@@ -14,6 +14,9 @@ pub struct WorkerMetrics {
     validation_loss: Gauge,
     gradient_norm: Gauge,
     learning_rate: Gauge,
+    device_seconds: prometheus::CounterVec,
+    device_copied_bytes: IntCounterVec,
+    device_memory_bytes: IntGaugeVec,
     tokens: IntCounter,
     members: IntGauge,
     reconnects: IntCounterVec,
@@ -62,6 +65,25 @@ impl WorkerMetrics {
                 "Norm of this worker's gradient, latest measurement",
             ),
             learning_rate: r.gauge("arc_learning_rate", "Learning rate of the latest step"),
+            device_seconds: r.add(prometheus::CounterVec::new(
+                Opts::new(
+                    "arc_device_seconds_total",
+                    "Time that this worker's GPU spent on compression, by kernel",
+                ),
+                &["kernel"],
+            )),
+            device_copied_bytes: r.counters(
+                "arc_device_copied_bytes_total",
+                "Bytes copied over the bus of this worker's GPU, by direction",
+                &["direction"],
+            ),
+            device_memory_bytes: r.add(IntGaugeVec::new(
+                Opts::new(
+                    "arc_device_memory_bytes",
+                    "Memory that compression holds on this worker's GPU, by use",
+                ),
+                &["use"],
+            )),
             tokens: r.counter(
                 "arc_samples_total",
                 "Tokens or images that this worker has trained on",
@@ -161,6 +183,27 @@ impl WorkerMetrics {
     /// Norm of the gradient.
     pub fn set_gradient_norm(&self, norm: f64) {
         self.gradient_norm.set(norm);
+    }
+
+    /// This worker's GPU spent `seconds` more on a kernel.
+    pub fn add_device_seconds(&self, kernel: DeviceKernel, seconds: f64) {
+        self.device_seconds
+            .with_label_values(&[kernel.label()])
+            .inc_by(seconds.max(0.0));
+    }
+
+    /// So many bytes more went over the bus of this worker's GPU.
+    pub fn add_device_copied(&self, direction: DeviceCopy, bytes: u64) {
+        self.device_copied_bytes
+            .with_label_values(&[direction.label()])
+            .inc_by(bytes);
+    }
+
+    /// So many bytes of the GPU's memory are held.
+    pub fn set_device_memory(&self, held_for: DeviceMemory, bytes: u64) {
+        self.device_memory_bytes
+            .with_label_values(&[held_for.label()])
+            .set(i64::try_from(bytes).unwrap_or(i64::MAX));
     }
 
     /// Workers in the job.

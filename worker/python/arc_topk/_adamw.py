@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from . import _native
-from ._exchange import _DTYPES, _is_dense
 from ._rows import RowAges
+from ._tensors import DTYPES, flat, is_dense
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,10 +90,10 @@ def _written(tensor: torch.Tensor) -> None:
 
 def _is_native(came: Came) -> bool:
     host = came.parameter.device.type == "cpu" and came.gradient.device.type == "cpu"
-    known = came.parameter.dtype in _DTYPES and came.gradient.dtype == came.parameter.dtype
+    known = came.parameter.dtype in DTYPES and came.gradient.dtype == came.parameter.dtype
     kept = all(_is_plain(came.state[name], dtype) for name, dtype in _STATE.items())
     rows = came.rows is None or (came.rows.dtype == torch.int64 and came.rows.device.type == "cpu")
-    return host and known and kept and rows and _is_dense(came.parameter)
+    return host and known and kept and rows and is_dense(came.parameter)
 
 
 def _is_plain(tensor: torch.Tensor, dtype: torch.dtype) -> bool:
@@ -104,7 +104,7 @@ def _described(came: Came, gradient: torch.Tensor, rows: torch.Tensor | None) ->
     state = came.state
     places = [came.parameter, gradient, state["exp_avg"], state["exp_avg_sq"], state["last"], state["seen"], rows]
     return (
-        _DTYPES[came.parameter.dtype],
+        DTYPES[came.parameter.dtype],
         came.width,
         state["step"] + 1,
         *(None if place is None else (place.data_ptr(), place.numel()) for place in places),
@@ -127,7 +127,7 @@ def by_foreach(rule: Rule, tensors: list[Came]) -> None:
 def _common_ages(came: Came, cap: int) -> tuple[int, int] | None:
     """τ and T, where all rows came and have the same."""
     last, seen = came.state["last"], came.state["seen"]
-    if came.rows is not None or not last.numel() or not _is_dense(came.parameter):
+    if came.rows is not None or not last.numel() or not is_dense(came.parameter):
         return None
     (first, newest), (least, most) = last.aminmax(), seen.aminmax()
     if int(first) != int(newest) or int(least) != int(most):
@@ -183,14 +183,14 @@ def by_rows(rule: Rule, came: Came) -> None:
     change = _moved(rule, state, which, -fresh if rule.maximize else fresh, steps)
     sums = torch.tensor([0.0, *rule.rates], dtype=torch.float64).cumsum(0)
     rates = sums[steps.clamp(max=len(sums) - 1)].to(change)[:, None]
-    flat = _flat(parameter)
-    values = _as_rows(flat, rows, width)
+    own = _flat(parameter)
+    values = _as_rows(own, rows, width)
     values[which] -= (rates * change).to(values.dtype)
     if values.data_ptr() != parameter.data_ptr():
         # Their memory is not the parameter's own: the last row was filled up, or elements lie apart.
         whole = values.view(-1)[: parameter.numel()]
-        if _is_dense(parameter):
-            flat.copy_(whole)
+        if is_dense(parameter):
+            own.copy_(whole)
         else:
             parameter.copy_(whole.view(parameter.shape))
 
@@ -211,14 +211,14 @@ def _moved(rule: Rule, state: dict[str, Any], which: Any, fresh: torch.Tensor, s
 
 def _like(gradient: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     """The gradient, its elements in the order of the parameter's."""
-    if gradient.stride() == parameter.stride() or not _is_dense(parameter):
+    if gradient.stride() == parameter.stride() or not is_dense(parameter):
         return gradient
     return torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
 
 
 def _flat(tensor: torch.Tensor) -> torch.Tensor:
     """All elements as they lie in memory, where they lie together: rows are counted there. Else a copy."""
-    return tensor.as_strided((tensor.numel(),), (1,)) if _is_dense(tensor) else tensor.reshape(-1)
+    return flat(tensor) if is_dense(tensor) else tensor.reshape(-1)
 
 
 def _as_rows(flat: torch.Tensor, rows: int, width: int) -> torch.Tensor:

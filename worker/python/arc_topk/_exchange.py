@@ -14,31 +14,14 @@ from typing import Any
 
 import torch
 
-from . import _native
+from . import _gpu, _native
+from ._tensors import dtype_name, is_dense
 from .config import Config, Peers
 
 logger = logging.getLogger("arc_topk")
 
-_DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 # Steps after which it is known whether compression pays.
 _JUDGED_AFTER = 100
-
-
-def dtype_name(tensor: torch.Tensor) -> str:
-    """The native half's name of an element type."""
-    try:
-        return _DTYPES[tensor.dtype]
-    except KeyError:
-        raise _native.ConfigError(f"a tensor of {tensor.dtype} cannot be averaged: use float32, bfloat16 or float16") from None
-
-
-def _is_dense(tensor: torch.Tensor) -> bool:
-    """Whether its elements lie one after the other, rows (of the first dimension) first."""
-    if tensor.is_contiguous():
-        return True
-    if tensor.dim() == 4:
-        return tensor.is_contiguous(memory_format=torch.channels_last)
-    return tensor.dim() == 5 and tensor.is_contiguous(memory_format=torch.channels_last_3d)
 
 
 @dataclasses.dataclass
@@ -96,12 +79,14 @@ class Exchange:
     ) -> None:
         self.names: list[str] = []
         self.index: dict[int, int] = {}
+        registered: list[torch.Tensor] = []
         specs = []
         for name, tensor in tensors:
             if id(tensor) in self.index:
                 continue
             self.index[id(tensor)] = len(self.names)
             self.names.append(name)
+            registered.append(tensor)
             specs.append(
                 {
                     "name": name,
@@ -115,6 +100,10 @@ class Exchange:
             raise _native.ConfigError("there is no parameter with a gradient: nothing can be averaged")
         self.config = config
         self.peers = peers
+        #: The GPU that compresses; ``None``: the CPU does.
+        self.gpu = _gpu.chosen(registered, config)
+        # Tensors of the open step that were lent there.
+        self._on_gpu: dict[int, torch.Tensor] = {}
         self.summary = Summary()
         #: Whether what is exchanged is the gradients of the tensors.
         self.carries_gradients = True
@@ -133,6 +122,7 @@ class Exchange:
             "trainer": trainer,
             "start_step": step,
             "start_update": update,
+            "gpu": None if self.gpu is None else self.gpu.index,
             "when": "any" if elastic else "start",
             "connect_timeout": peers.connect_timeout,
             "join_timeout": peers.join_timeout,
@@ -175,15 +165,20 @@ class Exchange:
         """
         self._tell()
         self._scale = 1.0 if scaler is None else float(scaler.get_scale())
+        self._on_gpu = {}
         return self.session.begin()
 
     def push(self, index: int, gradient: torch.Tensor) -> None:
         """Hands over a gradient. It is on its way as soon as its bucket is complete.
 
-        One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use.
+        One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use. On
+        the GPU that compresses, none is.
         """
+        if self.gpu is not None and gradient.device == self.gpu:
+            self._on_gpu[index] = _gpu.lend(self.session, index, gradient.detach(), self._scale)
+            return
         values = gradient.detach().to("cpu", torch.float32)
-        if not _is_dense(values):
+        if not is_dense(values):
             values = values.contiguous()
         if self._scale != 1.0:
             values.mul_(1.0 / self._scale)
@@ -210,15 +205,20 @@ class Exchange:
         staged = []
         targets = []
         for index, tensor in results:
+            if index in self._on_gpu:
+                continue
             target = tensor
-            if tensor.device.type != "cpu" or not _is_dense(tensor):
+            if tensor.device.type != "cpu" or not is_dense(tensor):
                 # Its elements lie as those that were pushed did.
                 target = (
-                    torch.empty_like(tensor, device="cpu") if _is_dense(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype)
+                    torch.empty_like(tensor, device="cpu") if is_dense(tensor) else torch.empty(tensor.shape, dtype=tensor.dtype)
                 )
                 staged.append((tensor, target))
             targets.append((index, target.data_ptr(), target.numel(), dtype_name(target)))
-        self.session.results(targets, self._scale)
+        if self.gpu is None:
+            self.session.results(targets, self._scale)
+        else:
+            _gpu.take(self.session, targets, self._scale, self.gpu, results, self._on_gpu)
         for tensor, target in staged:
             tensor.copy_(target)
         self._judge()

@@ -11,8 +11,8 @@ from typing import Any
 
 from ._native import ConfigError
 
-# Kept out of the plan's algorithm: how densities are given to single tensors.
-_NOT_ALGORITHM = ("densities",)
+# Kept out of the plan's algorithm: how densities are given to single tensors, and what each worker decides for itself.
+_NOT_ALGORITHM = ("densities", "device")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,6 +67,9 @@ class Config:
     seed: int = 0
     #: Gradients that travel together, bytes of f32.
     bucket_bytes: int = 25 << 20
+    #: Where this worker compresses: ``cuda``, on the GPU that the tensors are on; ``cpu``, where gradients of a GPU are copied to;
+    #: ``auto``, the GPU if it can be used. Workers may differ in it.
+    device: str = "auto"
 
     @classmethod
     def of(cls, config: Config | None, settings: Mapping[str, Any]) -> Config:

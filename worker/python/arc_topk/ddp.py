@@ -41,8 +41,10 @@ class Hook:
                 )
             self.exchange.push(index, gradient)
             self._results.append((index, gradient))
-        future: Any = torch.futures.Future()
-        self._waiting.append((future, bucket.buffer()))
+        buffer = bucket.buffer()
+        # Whoever waits for it waits for what the finishing thread has asked of the GPU, too.
+        future: Any = torch.futures.Future(devices=[buffer.device]) if buffer.is_cuda else torch.futures.Future()
+        self._waiting.append((future, buffer))
         if bucket.is_last():
             waiting, results = self._waiting, self._results
             self._open, self._waiting, self._results = False, [], []

@@ -70,6 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, bat
     add("--method", choices=METHODS, default="arc", help="how gradients are averaged (default: arc)")
     add("--form", choices=["ddp", "wrapper"], default="ddp", help="of arc and dense (default: ddp)")
     add("--workers", type=int, default=4)
+    add("--device", default="cpu", help="where models are, and arc compresses: cpu, or cuda, which all workers share (default: cpu)")
     add("--density", type=float, default=0.2, help="of arc (default: 0.2)")
     add("--wire", default="int4", help="of arc's values, both ways: f32, bf16, f16, int8, int4 (default: int4)")
     add("--plain-adam", action="store_true", help="torch's AdamW with arc, instead of arc_topk.optim.AdamW")
@@ -124,7 +125,7 @@ def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], Task]) 
     task = make(args)
     with group(args):
         rank = dist.get_rank() if args.form == "ddp" else int(os.environ["RANK"])
-        net = task.model()
+        net = task.model().to(args.device)
         model, optimizer = averaged(net, optimizer_for(net, args), args)
         generator = torch.Generator().manual_seed(1000 * args.seed + rank)
         begun, counted = time.perf_counter(), {0: loopback.carried()}
@@ -132,7 +133,8 @@ def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], Task]) 
             for part in optimizer.param_groups:
                 part["lr"] = rate(args, step)
             optimizer.zero_grad()
-            loss = task.loss(model, task.batch(generator))
+            inputs, wanted = task.batch(generator)
+            loss = task.loss(model, (inputs.to(args.device), wanted.to(args.device)))
             loss.backward()
             optimizer.step()
             counted[step + 1] = loopback.carried()
@@ -143,7 +145,7 @@ def train(args: argparse.Namespace, make: Callable[[argparse.Namespace], Task]) 
         share = (2 if args.method in _DDP_ONLY else 1) / args.workers
         warm = min(args.warmup + 1, args.steps - 1)
         return Result(
-            validation=task.validate(net) if rank == 0 else {},
+            validation=task.validate(net.cpu()) if rank == 0 else {},
             bytes=share * (counted[args.steps] - counted[0]),
             bytes_per_step=share * (counted[args.steps] - counted[warm]) / (args.steps - warm),
             seconds=seconds,

@@ -8,11 +8,13 @@
 //! | `optim` | the function `catch_up_adamw`: the optimizer's step on PyTorch's own memory |
 //! | `local` | the class `LocalShards`: the shards of a job on this machine |
 //! | `tensor` | the one place where addresses become slices |
+//! | `gpu` | the order between PyTorch's streams and the worker's own, where tensors are on a GPU |
 //! | `errors` | Rust's errors as Python's exceptions |
 //!
 //! Everything that may take time lets go of the interpreter's lock. How PyTorch is met is the business of the Python half.
 
 mod errors;
+mod gpu;
 mod local;
 mod optim;
 mod options;
@@ -25,6 +27,8 @@ mod tensor;
 mod _native {
     #[pymodule_export]
     use super::errors::{ArcError, ConfigError, ConnectionFailed, JobEnded, Superseded};
+    #[pymodule_export]
+    use super::gpu::gpu_name;
     #[pymodule_export]
     use super::local::LocalShards;
     #[pymodule_export]

@@ -1,15 +1,19 @@
 //! What Python asks for. It comes as one JSON object, so that names, types and unknown settings are checked in one place.
 
+use arc_topk_common::compress::fast::Fast;
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::ids::{Rank, Step};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_common::wire::JoinWhen;
 use arc_topk_transport::IdentitySource;
 use arc_topk_transport::certs::Role;
+use arc_topk_worker::backend::device::nvidia::on_gpu;
+use arc_topk_worker::backend::{MakeBackend, on_cpu};
 use arc_topk_worker::session::NetConfig;
 use pyo3::PyResult;
 use serde::Deserialize;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 /// Where the shards are, and as whom to come.
@@ -58,6 +62,8 @@ pub(crate) struct Options {
     trainer: String,
     start_step: u64,
     start_update: u64,
+    /// The GPU that the tensors are on, by number; null: they are in main memory, or are copied there.
+    gpu: Option<usize>,
     /// `start`, `any` or `running`.
     when: String,
     connect_timeout: f64,
@@ -74,6 +80,15 @@ impl Options {
             .validate()
             .map_err(super::errors::config)?;
         Ok(options)
+    }
+
+    pub(crate) fn gpu(&self) -> Option<usize> {
+        self.gpu
+    }
+
+    /// Where this worker compresses.
+    pub(crate) fn backend(&self) -> MakeBackend {
+        self.gpu.map_or_else(|| on_cpu(Arc::new(Fast)), on_gpu)
     }
 
     pub(crate) fn plan(&self) -> PyResult<PlanSpec> {

@@ -1,6 +1,7 @@
 //! The class `Session`: a worker's place in a job.
 
 use super::errors::{ConnectionFailed, connecting, reducing};
+use super::gpu::Gpu;
 use super::options::Options;
 use super::tensor::Memory;
 use arc_topk_common::ids::{Step, TensorId};
@@ -81,6 +82,8 @@ type Rows = Vec<Option<Vec<u32>>>;
 struct Held {
     /// Dropped before the tensors that it was lent.
     reducer: QuicReducer,
+    /// Where tensors are on one.
+    gpu: Option<Gpu>,
     rows: Rows,
     /// Holds the tensors that the reducer works in.
     lent: Vec<Py<PyAny>>,
@@ -99,15 +102,15 @@ impl Held {
     }
 
     /// Each place can be lent once: the reducer changes it.
-    fn claim(&mut self, address: usize, elements: usize) -> PyResult<()> {
-        let end = address.saturating_add(elements * size_of::<f32>());
+    fn claim(&mut self, address: usize, bytes: usize) -> PyResult<()> {
+        let end = address.saturating_add(bytes);
         let before = self.spans.range(..end).next_back();
         if before.is_some_and(|(_, other)| *other > address) {
             return Err(super::errors::config(
                 "two gradients of a step lie in the same memory: give each its own, by clone()",
             ));
         }
-        if elements > 0 {
+        if bytes > 0 {
             self.spans.insert(address, end);
         }
         Ok(())
@@ -196,7 +199,8 @@ impl Session {
     #[new]
     fn new(py: Python<'_>, options: &str) -> PyResult<Self> {
         let options = Options::parse(options)?;
-        let (mut net, spec) = (options.net()?, options.plan()?);
+        let (mut net, spec, backend) = (options.net()?, options.plan()?, options.backend());
+        let gpu = options.gpu().map(Gpu::open).transpose()?;
         let (news, told) = mpsc::channel();
         net.observer = Some(Arc::new(move |event: &NetEvent| {
             if let Some(line) = joining_line(event) {
@@ -210,7 +214,7 @@ impl Session {
         let joining = std::thread::Builder::new().name("arc-join".into());
         joining
             .spawn(move || {
-                let _interrupted = done.send(QuicReducer::connect(net, spec));
+                let _interrupted = done.send(QuicReducer::connect_with(net, spec, &backend));
             })
             .map_err(|cause| ConnectionFailed::new_err(cause.to_string()))?;
         let mut last = None;
@@ -235,6 +239,7 @@ impl Session {
         Ok(Self {
             held: Mutex::new(Some(Held {
                 reducer,
+                gpu,
                 rows,
                 lent: Vec::new(),
                 spans: BTreeMap::new(),
@@ -311,6 +316,9 @@ impl Session {
     fn begin(&self, py: Python<'_>) -> PyResult<bool> {
         self.with(py, |held| {
             held.spans.clear();
+            if let Some(gpu) = &mut held.gpu {
+                gpu.begin();
+            }
             let StepStart { behind } = held.reducer.begin().map_err(|e| reducing(&e))?;
             Ok(behind)
         })
@@ -328,13 +336,42 @@ impl Session {
     ) -> PyResult<()> {
         let lent = Memory::new(address, elements, "float32")?.lend();
         self.with(py, move |held| {
-            held.claim(address, elements)?;
+            held.claim(address, elements * size_of::<f32>())?;
             held.lent.push(owner);
             let pushed = match lent {
                 Some(lent) => held.reducer.lend(TensorId(tensor), lent),
                 None => held.reducer.push(TensorId(tensor), &[]),
             };
             pushed.map_err(|error| reducing(&error))
+        })
+    }
+
+    /// Hands over a gradient that lies on the GPU: `elements` contiguous elements of `dtype` at `address`, in the memory of
+    /// `owner`, there once `stream` (a `cudaStream_t`) has come so far. The result takes its place.
+    #[allow(
+        clippy::too_many_arguments,
+        reason = "Python passes a tensor in pieces"
+    )]
+    fn lend_on_device(
+        &self,
+        py: Python<'_>,
+        tensor: u32,
+        owner: Py<PyAny>,
+        address: usize,
+        elements: usize,
+        dtype: &str,
+        stream: u64,
+    ) -> PyResult<()> {
+        let memory = Memory::new(address, elements, dtype)?;
+        self.with(py, move |held| {
+            held.claim(address, memory.bytes())?;
+            held.lent.push(owner);
+            let gpu = held.gpu.as_mut();
+            let gpu = gpu.ok_or_else(|| super::errors::config("this session has no GPU"))?;
+            let gradient = gpu.gradient(&memory, stream)?;
+            held.reducer
+                .lend_on_device(TensorId(tensor), gradient)
+                .map_err(|error| reducing(&error))
         })
     }
 
@@ -355,10 +392,24 @@ impl Session {
     }
 
     /// Writes results, times `factor`, to tensors: `(tensor, address, elements, dtype)` of each. What was lent is given back.
-    #[pyo3(signature = (tensors, factor = 1.0))]
-    fn results(&self, py: Python<'_>, tensors: Vec<Target>, factor: f32) -> PyResult<()> {
-        let lent = self.with(py, |held| {
+    ///
+    /// Results of `on_device`, tensors that were lent there, lie in their place for what `stream` does from here on; of those
+    /// that do not, because the job went on without this step's gradients, the values come back as little-endian f32.
+    #[pyo3(signature = (tensors, factor = 1.0, on_device = Vec::new(), stream = 0))]
+    fn results<'py>(
+        &self,
+        py: Python<'py>,
+        tensors: Vec<Target>,
+        factor: f32,
+        on_device: Vec<u32>,
+        stream: u64,
+    ) -> PyResult<Vec<(u32, Bound<'py, PyBytes>)>> {
+        let (lent, elsewhere) = self.with(py, |held| {
             let mut wanted = held.targets(tensors)?;
+            let mut elsewhere: Vec<(u32, Vec<u8>)> = Vec::new();
+            if let (Some(gpu), Some(event)) = (&held.gpu, held.reducer.finished()) {
+                gpu.wait(stream, event)?;
+            }
             let mut in_place = Vec::new();
             let (mut written, rows) = (Ok(()), &mut held.rows);
             held.reducer.for_each_result(&mut |result| {
@@ -367,6 +418,10 @@ impl Session {
                     RowsCame::All => None,
                     RowsCame::Rows(rows) => Some(rows.to_vec()),
                 };
+                if !result.values.is_empty() && on_device.contains(&result.tensor.0) {
+                    let bytes = result.values.iter().flat_map(|value| value.to_le_bytes());
+                    elsewhere.push((result.tensor.0, bytes.collect()));
+                }
                 for mut memory in wanted[index].drain(..) {
                     if memory.holds(result.values) {
                         in_place.push(memory);
@@ -377,10 +432,11 @@ impl Session {
             });
             let lent = held.give_back();
             in_place.iter_mut().for_each(|memory| memory.scale(factor));
-            written.map(|()| lent)
+            written.map(|()| (lent, elsewhere))
         })?;
         drop(lent);
-        Ok(())
+        let bytes = |(tensor, bytes): (u32, Vec<u8>)| (tensor, PyBytes::new(py, &bytes));
+        Ok(elsewhere.into_iter().map(bytes).collect())
     }
 
     /// Fresh rows of a tensor in the last results, ascending, as little-endian u32; `None` for all of them.

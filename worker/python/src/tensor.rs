@@ -1,7 +1,7 @@
 //! The only place where an address that Python gives becomes a slice.
 #![allow(unsafe_code, reason = "tensors are used in place, by their address")]
 
-use arc_topk_worker::backend::Lent;
+use arc_topk_worker::backend::{DeviceGradient, Lent, device};
 use half::{bf16, f16};
 use pyo3::{PyErr, PyResult};
 use std::ptr::NonNull;
@@ -79,6 +79,25 @@ impl Memory {
         // SAFETY: the memory is there by the contract of `new`, and stays there: the session holds the tensor until it has
         // called `give_back`, or has dropped the reducer. Alignment and length were checked.
         (self.element == Element::F32).then(|| unsafe { Lent::new(address, self.elements) })
+    }
+
+    /// Bytes that it takes.
+    pub(crate) fn bytes(&self) -> usize {
+        self.elements * self.element.bytes()
+    }
+
+    /// Lends elements that lie on a GPU, there once the event `ready` has happened.
+    ///
+    /// # Safety
+    /// That of [`DeviceGradient::new`].
+    pub(crate) unsafe fn on_device(&self, ready: u64) -> DeviceGradient {
+        let element = match self.element {
+            Element::F32 => device::Element::F32,
+            Element::Bf16 => device::Element::Bf16,
+            Element::F16 => device::Element::F16,
+        };
+        // SAFETY: the caller's promise; alignment was checked.
+        unsafe { DeviceGradient::new(self.address as u64, self.elements, element, ready) }
     }
 
     /// Whether it is where these values lie.

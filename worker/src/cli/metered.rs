@@ -1,13 +1,15 @@
 //! A reducer that counts for Prometheus, and the pages that show the counts.
 
 use super::error::CliError;
+use crate::backend::DeviceStats;
 use crate::record::StepRecord;
 use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::session::QuicReducer;
 use crate::step::{ByteCounts, StepOutcome, TensorResult, WorkerState};
 use arc_topk_common::ids::{Rank, RunId, Step, TensorId};
 use arc_topk_common::metrics::{
-    ConnectionFigures, Flow, StepEnd, StepPhase, Traffic, WorkerMetrics,
+    ConnectionFigures, DeviceCopy, DeviceKernel, DeviceMemory, Flow, StepEnd, StepPhase, Traffic,
+    WorkerMetrics,
 };
 use arc_topk_common::plan::Plan;
 use arc_topk_ps::server::admin::{self, Admin, Answer};
@@ -48,6 +50,9 @@ impl MeteredReducer {
             wide(stats.captured_energy),
             wide(stats.residual_ratio()),
         );
+        if let Some(device) = &stats.device {
+            self.count_device(device);
+        }
         if outcome.step.0.is_multiple_of(CONNECTIONS_EVERY) {
             for (shard, figures) in self.inner.connections() {
                 let figures = ConnectionFigures {
@@ -60,6 +65,25 @@ impl MeteredReducer {
                 self.metrics.observe_connection(shard.0, figures);
             }
         }
+    }
+}
+
+impl MeteredReducer {
+    fn count_device(&self, device: &DeviceStats) {
+        let seconds = [
+            (DeviceKernel::Sketch, device.seconds.sketch),
+            (DeviceKernel::Gather, device.seconds.gather),
+            (DeviceKernel::Commit, device.seconds.commit),
+            (DeviceKernel::Energy, device.seconds.energy),
+        ];
+        for (kernel, seconds) in seconds {
+            self.metrics.add_device_seconds(kernel, seconds);
+        }
+        let metrics = &self.metrics;
+        metrics.add_device_copied(DeviceCopy::In, device.bytes_in);
+        metrics.add_device_copied(DeviceCopy::Out, device.bytes_out);
+        metrics.set_device_memory(DeviceMemory::State, device.state_bytes);
+        metrics.set_device_memory(DeviceMemory::Scratch, device.scratch_bytes);
     }
 }
 

@@ -93,6 +93,11 @@ impl Member {
         self.machine.give_back();
     }
 
+    /// See [`StepMachine::finished`].
+    pub fn finished(&mut self) -> Option<u64> {
+        self.machine.finished()
+    }
+
     /// See [`StepMachine::export_state`].
     #[must_use]
     pub fn export_state(&self) -> WorkerState {

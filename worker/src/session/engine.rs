@@ -108,6 +108,7 @@ impl Engine {
                 let gradient = match &pushed {
                     Pushed::Copied(values) => Gradient::F32(values),
                     Pushed::Lent(lent) => Gradient::Lent(*lent),
+                    Pushed::OnDevice(lent) => Gradient::OnDevice(*lent),
                 };
                 // What was lent for a step that has ended may be gone.
                 let filled = if step == member.machine().step() {

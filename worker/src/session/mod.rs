@@ -47,7 +47,7 @@ mod supervisor;
 pub use config::{NetConfig, NetEvent, NetObserver};
 pub use error::ConnectError;
 
-use crate::backend::{Lent, MakeBackend, on_cpu};
+use crate::backend::{DeviceGradient, Lent, MakeBackend, on_cpu};
 use crate::member::{Member, MemberConfig};
 use crate::reducer::{LiveRanks, ReduceError, Reducer, StepStart, TrainReport};
 use crate::step::{ByteCounts, StepError, StepMachine, StepOutcome, TensorResult, WorkerState};
@@ -57,7 +57,7 @@ use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
 use arc_topk_transport::{ConnectionSummary, Endpoint, LEAVE_CODE, VarInt, summary};
 use dial::{Dialer, Dialled};
-use shared::{Core, Shared, Work};
+use shared::{Core, Pushed, Shared, Work};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -370,7 +370,23 @@ impl Reducer for QuicReducer {
         if self.behind {
             return self.shared.check();
         }
-        self.shared.lend(step, tensor, gradient)
+        self.shared.lend(step, tensor, Pushed::Lent(gradient))
+    }
+
+    fn lend_on_device(
+        &mut self,
+        tensor: TensorId,
+        gradient: DeviceGradient,
+    ) -> Result<(), ReduceError> {
+        let step = self.check_push(tensor, gradient.elements())?;
+        if self.behind {
+            return self.shared.check();
+        }
+        self.shared.lend(step, tensor, Pushed::OnDevice(gradient))
+    }
+
+    fn finished(&mut self) -> Option<u64> {
+        self.shared.core().member.finished()
     }
 
     fn give_back(&mut self) -> bool {

@@ -1,7 +1,7 @@
 //! What the trainer's thread, the engine and the network tasks share.
 
 use super::link::Link;
-use crate::backend::Lent;
+use crate::backend::{DeviceGradient, Lent};
 use crate::member::{Member, Output};
 use crate::reducer::ReduceError;
 use arc_topk_common::ids::{BucketId, ShardId, Step, TensorId};
@@ -64,6 +64,7 @@ pub(super) enum Work {
 pub(super) enum Pushed {
     Copied(Vec<f32>),
     Lent(Lent),
+    OnDevice(DeviceGradient),
 }
 
 /// What the engine finds when it asks for work.
@@ -275,10 +276,10 @@ impl Shared {
         &self,
         step: Step,
         tensor: TensorId,
-        gradient: Lent,
+        gradient: Pushed,
     ) -> Result<(), ReduceError> {
         self.check()?;
-        self.after_all(Work::Fill(step, tensor, Pushed::Lent(gradient)));
+        self.after_all(Work::Fill(step, tensor, gradient));
         Ok(())
     }
 

@@ -70,6 +70,7 @@ impl StepMachine {
             rounds_counted: committed.counted,
             compress_seconds: 0.0,
             wait_seconds: 0.0,
+            device: None,
         }
     }
 }

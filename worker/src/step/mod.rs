@@ -156,6 +156,8 @@ pub struct StepMachine {
     came: Vec<Came>,
     traffic: Traffic,
     gradient_energy: f64,
+    /// As the last step left them.
+    device_stats: DeviceStats,
     /// Answers of the last committed steps, oldest first.
     kept: VecDeque<Kept>,
     /// Per shard, the lowest step that it still worked on when it was last heard.
@@ -202,6 +204,7 @@ impl StepMachine {
             came: vec![Came::default(); tensors],
             traffic: Traffic::default(),
             gradient_energy: 0.0,
+            device_stats: DeviceStats::default(),
             kept: VecDeque::new(),
             job: vec![None; usize::from(plan.spec.shards)],
             plan,
@@ -390,13 +393,17 @@ impl StepMachine {
         } else {
             self.commit_rounds(measured)
         };
-        let outcome = StepOutcome {
+        let mut outcome = StepOutcome {
             step: self.step,
             update: self.update,
             skipped,
             kind: self.kind(),
             stats: self.stats(&committed, measured && !skipped),
         };
+        if let Some(stats) = self.backend.device_stats() {
+            outcome.stats.device = Some(stats.since(&self.device_stats));
+            self.device_stats = stats;
+        }
         self.keep_answers();
         self.step.0 += 1;
         self.update += u64::from(!skipped);
@@ -438,12 +445,6 @@ impl StepMachine {
     /// An event of the device (a `CUevent`) that happens once results lie where gradients were lent; `None`: they do already.
     pub fn finished(&mut self) -> Option<u64> {
         self.backend.finished()
-    }
-
-    /// What the device did so far, and what lies on it; `None` on the CPU.
-    #[must_use]
-    pub fn device_stats(&self) -> Option<DeviceStats> {
-        self.backend.device_stats()
     }
 
     fn kind(&self) -> RoundKind {

@@ -1,5 +1,6 @@
 //! What a step did, in numbers.
 
+use crate::backend::DeviceStats;
 use arc_topk_common::config::algorithm::RoundKind;
 use arc_topk_common::ids::Step;
 
@@ -61,6 +62,9 @@ pub struct StepStats {
     pub compress_seconds: f64,
     /// Seconds spent waiting for shards after the last gradient was pushed; the driver fills it in.
     pub wait_seconds: f64,
+    /// What the device did since the last step ended, and what lies on it; `None` on the CPU. Times are of kernels whose end is
+    /// known: those of this commit come with the next step.
+    pub device: Option<DeviceStats>,
 }
 
 impl StepStats {

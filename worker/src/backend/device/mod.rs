@@ -21,6 +21,7 @@ mod layout;
 #[cfg(feature = "cuda")]
 pub mod nvidia;
 
+pub use arc_topk_kernels::Element;
 pub use driver::{DeviceSeconds, DeviceStats, Driver};
 
 use super::{
@@ -32,7 +33,7 @@ use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::ids::{BucketId, TensorId};
 use arc_topk_common::plan::{Plan, Segment};
 use arc_topk_kernels as kernels;
-use arc_topk_kernels::{Element, PieceSource, Tile, gather_tiles, gaussian_tiles, names};
+use arc_topk_kernels::{PieceSource, Tile, gather_tiles, gaussian_tiles, names};
 use block::Block;
 use core::cell::{OnceCell, RefCell};
 use core::ops::Range;

@@ -273,6 +273,32 @@ impl NvidiaDriver {
         self.kernels as u64
     }
 
+    /// Seconds that a copy of so many bytes from this device's memory to itself takes, by its own clock: the mean of `times`, after
+    /// one that is not counted. What kernels are measured against.
+    ///
+    /// # Errors
+    /// Of the device.
+    pub fn copy_seconds(&mut self, bytes: usize, times: u32) -> Result<f64, DeviceFault> {
+        let (from, to) = (self.allocate(bytes)?, self.allocate(bytes)?);
+        let (stream, before) = (self.kernels, self.timers.seconds().commit);
+        for time in 0..=times {
+            let copy = || {
+                // SAFETY: both were allocated a moment ago with this size.
+                unsafe { result::memcpy_dtod_async(to, from, bytes, stream) }
+            };
+            let copied = if time == 0 {
+                copy()
+            } else {
+                self.timers.time(names::COMMIT, stream, copy)
+            };
+            copied.map_err(self.failed("copying its memory"))?;
+        }
+        self.fetch(to, &mut [0])?;
+        self.free(from, bytes);
+        self.free(to, bytes);
+        Ok((self.timers.seconds().commit - before) / f64::from(times.max(1)))
+    }
+
     fn gpu(&self) -> &Gpu {
         &self.context.gpu
     }
