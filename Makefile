@@ -62,6 +62,7 @@ unit:
 
 # What the Python package is built and tested with, exactly. PyTorch is most of it (2.7 GB).
 $(VENV)/.ready: worker/python/requirements.txt
+	@echo 'python: fetching PyTorch and what tests and examples use into $(VENV): 2.8 GB, some minutes, once'
 	$(PYTHON) -m venv '$(VENV)'
 	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement worker/python/requirements.txt
 	touch '$@'
@@ -69,6 +70,7 @@ $(VENV)/.ready: worker/python/requirements.txt
 .PHONY: python
 python: $(VENV)/.ready ## build the Python package arc_topk and install it into .venv
 	rm -rf '$(WHEELS)'
+	@echo 'python: building the package arc_topk; the first time takes some minutes'
 	'$(VENV)/bin/maturin' build --quiet --locked --profile dev --interpreter '$(VENV)/bin/python' \
 	  --manifest-path worker/python/Cargo.toml --out '$(WHEELS)'
 	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --no-deps --force-reinstall '$(WHEELS)'/arc_topk-*.whl

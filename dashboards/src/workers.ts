@@ -67,6 +67,33 @@ const device: Section = {
       min: 0,
       lines: [{ expr: ofWorkers(pooled('process_resident_memory_bytes')), legend: '{{instance}}' }],
     }),
+    series({
+      title: 'GPU time of compression, by kernel',
+      description:
+        'Seconds that a GPU spends on sketches, encoding, commits and energies, per second. All zero where the CPU compresses. More than a few hundredths: other work on the GPU slows the kernels, or buckets are too small to fill it.',
+      unit: 'percentunit',
+      min: 0,
+      lines: [{ expr: over('avg', `${POOL}, kernel`, rate(pooled('arc_device_seconds_total'))), legend: '{{pool}} {{kernel}}' }],
+      width: 8,
+    }),
+    series({
+      title: 'GPU bus',
+      description:
+        'Bytes that compression copies to and from a GPU, per second: what travels, the means and what was sent once more. Near the rate of the bus: the warm-up\'s dense rounds, or tensors that are averaged whole.',
+      unit: 'Bps',
+      min: 0,
+      lines: [{ expr: over('avg', `${POOL}, direction`, rate(pooled('arc_device_copied_bytes_total'))), legend: '{{pool}} {{direction}}' }],
+      width: 8,
+    }),
+    series({
+      title: 'GPU memory of compression',
+      description:
+        'Feedback state (4 bytes an element with ef14, twice that with ef21, three times with ef21m) and scratch. Scratch above a bucket: dense rounds, which need more; if the GPU runs full, use ef14 or smaller buckets.',
+      unit: 'bytes',
+      min: 0,
+      lines: [{ expr: over('max', `${POOL}, use`, pooled('arc_device_memory_bytes')), legend: '{{pool}} {{use}}' }],
+      width: 8,
+    }),
   ],
 };
 

@@ -149,6 +149,16 @@ impl WorkerMetrics {
                     .with_label_values(&[flow.label()]),
             )
         });
+        // Zeros on the CPU.
+        for kernel in DeviceKernel::ALL {
+            metrics.add_device_seconds(*kernel, 0.0);
+        }
+        for direction in DeviceCopy::ALL {
+            metrics.add_device_copied(*direction, 0);
+        }
+        for held_for in DeviceMemory::ALL {
+            metrics.set_device_memory(*held_for, 0);
+        }
         metrics
     }
 

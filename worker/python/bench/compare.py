@@ -166,6 +166,7 @@ def table(task: str, results: list[dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=list(TASKS), help="may be given several times (default: text, reviews)")
+    parser.add_argument("--way", action="append", default=[], help="only ways whose names hold this; may be given several times")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where results are kept (default: runs/compare)")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
@@ -183,7 +184,8 @@ def main() -> None:
         todo = list(runs(task, [f"--workers={args.workers}", *args.more]))
         for at, (name, rate, settings) in enumerate(todo):
             identity = key(task, name, settings)
-            if args.table or identity in known:
+            asked = not args.way or any(part in name for part in args.way)
+            if args.table or identity in known or not asked:
                 continue
             pool = pool or Pool(args.workers)
             begun = time.monotonic()

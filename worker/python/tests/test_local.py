@@ -64,6 +64,26 @@ def test_a_script_becomes_a_job(shards, tmp_path: Path, launcher):
     assert len({line.split("digest ")[1] for line in lines}) == 1, lines
 
 
+@pytest.mark.parametrize("launcher", ["arc-worker", "torchrun"])
+def test_the_quickstart_trains_and_goes_on_from_its_checkpoint(shards, tmp_path: Path, launcher):
+    script = Path(__file__).parents[1] / "examples" / "quickstart.py"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("ARC_")}
+    for steps in (50, 100):
+        if launcher == "torchrun":
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+            environment |= shards(1, 2).environment()
+        else:
+            binary = Path(os.environ["ARC_BIN"]) / "arc-worker"
+            command = [str(binary), "local", "--workers=2", "--admin=off", f"--run-dir={tmp_path / 'run'}", "--restart=never"]
+            command += ["--", sys.executable]
+        more = [str(script), f"--steps={steps}", f"--checkpoint={tmp_path / 'saved'}"]
+        run = subprocess.run([*command, *more], env=environment, capture_output=True, text=True, timeout=240, check=False)
+        said = run.stdout + run.stderr
+        assert run.returncode == 0, said
+        assert f"step {steps}: loss" in said and "times fewer bytes" in said, said
+    assert "step 50:" not in said, "it went on from its checkpoint"
+
+
 def test_local_steps_average_what_workers_changed(shards, workers):
     got = workers.run(shards(), 2, jobs.local_steps, 4, 3)
     # The same, alone: two copies that are averaged after every fourth step.

@@ -6,6 +6,7 @@ use crate::train::TrainError;
 use arc_topk_common::config::{SettingError, SettingsError};
 use arc_topk_common::plan::PlanError;
 use arc_topk_transport::TransportError;
+use std::ffi::OsString;
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -65,6 +66,11 @@ pub(crate) enum CliError {
     #[error("cannot {action}: {source}")]
     System {
         action: &'static str,
+        source: io::Error,
+    },
+    #[error("cannot start {program:?}: {source}; give its path, or see that it is on PATH")]
+    Program {
+        program: OsString,
         source: io::Error,
     },
     #[error("{who} did not get ready: {reason}\n{tail}")]

@@ -113,6 +113,8 @@ struct Job<'a> {
     sender: UnboundedSender<(usize, Output)>,
     addresses: Vec<String>,
     pages: Vec<Option<SocketAddr>>,
+    /// Where programs may make a process group.
+    meeting_port: u16,
     failed: usize,
 }
 
@@ -154,6 +156,7 @@ impl<'a> Job<'a> {
             sender,
             addresses: vec![String::new(); usize::from(spec.shards)],
             pages: vec![None; usize::from(spec.shards)],
+            meeting_port: free_port(),
             failed: 0,
         })
     }
@@ -163,7 +166,14 @@ impl<'a> Job<'a> {
         let process = self.spawn(index, name, command, 0)?;
         self.processes.push(process);
         self.ended.push(false);
-        self.lives.push(Lives::new(std::time::Instant::now()));
+        let is_program = index >= usize::from(self.spec.shards) && !self.spec.program.is_empty();
+        let least = if is_program {
+            Lives::LEAST_LIFE_OF_PROGRAM
+        } else {
+            Lives::LEAST_LIFE
+        };
+        self.lives
+            .push(Lives::new(std::time::Instant::now(), least));
         Ok(())
     }
 
@@ -366,6 +376,13 @@ impl<'a> Job<'a> {
             .env("ARC_RANK", rank.to_string())
             .env("ARC_WORKERS", self.spec.workers.to_string());
         command.env("ARC_RUN_DIR", self.worker_dir(rank));
+        // torchrun's names, for programs that make a process group as well.
+        command
+            .env("RANK", rank.to_string())
+            .env("LOCAL_RANK", rank.to_string())
+            .env("WORLD_SIZE", self.spec.workers.to_string())
+            .env("MASTER_ADDR", "127.0.0.1")
+            .env("MASTER_PORT", self.meeting_port.to_string());
         command
     }
 
@@ -433,7 +450,7 @@ impl<'a> Job<'a> {
         let left = workers.iter().filter(|ended| !**ended).count();
         if rank.is_some() && left > 0 {
             progress.complaint(&format!(
-                "arc-worker: the job goes on with the other workers, {left} of {}",
+                "arc-worker: it is not started again; the other workers go on, {left} of {}",
                 self.spec.workers
             ));
         }
@@ -523,6 +540,13 @@ fn free_or_any(address: SocketAddr) -> SocketAddr {
         Ok(_) => address,
         Err(_) => SocketAddr::new(address.ip(), 0),
     }
+}
+
+/// A port that nobody listens on now; 0 if there is none.
+fn free_port() -> u16 {
+    let listener = std::net::TcpListener::bind((std::net::Ipv4Addr::LOCALHOST, 0));
+    let address = listener.and_then(|listener| listener.local_addr());
+    address.map_or(0, |address| address.port())
 }
 
 /// Snapshots of an earlier run must neither be taken for this one's nor push its own out.

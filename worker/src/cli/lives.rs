@@ -7,6 +7,8 @@ use std::time::{Duration, Instant};
 #[derive(Debug)]
 pub(super) struct Lives {
     started: Instant,
+    /// One that fails sooner by itself cannot start at all.
+    least: Duration,
     /// When it was started again.
     restarts: Vec<Instant>,
     /// This life has finished a step.
@@ -19,13 +21,16 @@ impl Lives {
     /// Most restarts within [`Lives::WINDOW`].
     const MOST: usize = 5;
     const WINDOW: Duration = Duration::from_secs(60);
-    /// One that fails sooner by itself cannot start at all.
-    const LEAST_LIFE: Duration = Duration::from_secs(2);
+    /// Within which this project's own programs are ready.
+    pub(super) const LEAST_LIFE: Duration = Duration::from_secs(2);
+    /// Any other program may load much before it fails: importing PyTorch takes that long on a busy machine.
+    pub(super) const LEAST_LIFE_OF_PROGRAM: Duration = Duration::from_secs(30);
 
-    /// The first life begins.
-    pub(super) fn new(now: Instant) -> Self {
+    /// The first life begins. One that fails by itself within `least` is not started again.
+    pub(super) fn new(now: Instant, least: Duration) -> Self {
         Self {
             started: now,
+            least,
             restarts: Vec::new(),
             took_part: false,
             dismissed: false,
@@ -40,7 +45,7 @@ impl Lives {
     /// Begins another life after one that ended with `status`, unless that would help nobody. Returns its number.
     pub(super) fn next(&mut self, now: Instant, status: ExitStatus) -> Option<usize> {
         let wrong_usage_or_asked = matches!(status.code(), Some(2 | 130));
-        let stillborn = status.code().is_some() && now - self.started < Self::LEAST_LIFE;
+        let stillborn = status.code().is_some() && now - self.started < self.least;
         let recent = |at: &&Instant| now - **at < Self::WINDOW;
         let often = self.restarts.iter().filter(recent).count() >= Self::MOST;
         if wrong_usage_or_asked || stillborn || often {
@@ -64,12 +69,14 @@ mod tests {
     #[test]
     fn what_would_help_nobody_is_not_done() {
         let start = Instant::now();
-        let mut lives = Lives::new(start);
+        let mut lives = Lives::new(start, Lives::LEAST_LIFE);
         assert_eq!(lives.next(start, code(1)), None, "it failed at once");
         let later = start + Duration::from_secs(5);
         assert_eq!(lives.next(later, code(2)), None, "wrong usage");
         assert_eq!(lives.next(later, code(130)), None, "it was asked to end");
         assert!(!lives.is_again());
+        let mut slow = Lives::new(start, Lives::LEAST_LIFE_OF_PROGRAM);
+        assert_eq!(slow.next(later, code(1)), None, "nor does it help here");
         assert_eq!(lives.next(later, code(1)), Some(1));
         assert!(lives.is_again());
     }
@@ -77,7 +84,7 @@ mod tests {
     #[test]
     fn a_killed_process_comes_back_but_not_too_often() {
         let now = Instant::now();
-        let mut lives = Lives::new(now);
+        let mut lives = Lives::new(now, Lives::LEAST_LIFE);
         let killed = ExitStatus::from_raw(9);
         for life in 1..=Lives::MOST {
             lives.took_part = true;

@@ -29,7 +29,9 @@ pub(super) struct LocalCommand {
     #[arg(long)]
     compare: bool,
     /// Runs this program as every worker instead of the built-in trainer. It finds in its environment how to join:
-    /// ARC_SHARD_ADDRESSES, ARC_CERTS, ARC_JOB, ARC_RANK, ARC_WORKERS, ARC_RUN_DIR. When the job is stopped it gets
+    /// ARC_SHARD_ADDRESSES, ARC_CERTS, ARC_JOB, ARC_RANK, ARC_WORKERS, ARC_RUN_DIR, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
+    /// MASTER_ADDR and MASTER_PORT. One that makes a process group wants --restart never: a worker that is started again
+    /// does not get back into the group. One that fails within 30 s of its start is not started again anyway. When the job is stopped it gets
     /// SIGTERM, and its standard input ends; 20 s later it is killed.
     #[arg(last = true, value_name = "PROGRAM", conflicts_with = "compare")]
     program: Vec<OsString>,

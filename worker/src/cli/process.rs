@@ -54,8 +54,8 @@ impl Process {
             .stderr(file)
             .kill_on_drop(true)
             .process_group(0);
-        let mut child = command.spawn().map_err(|source| CliError::System {
-            action: "start a process of the job",
+        let mut child = command.spawn().map_err(|source| CliError::Program {
+            program: command.as_std().get_program().to_owned(),
             source,
         })?;
         let stdin = child.stdin.take();

@@ -163,4 +163,27 @@ fn another_program_finds_in_its_environment_how_to_join() {
         "{}",
         said.error
     );
+    // A program with a fault is not started over and over, however long it takes to load.
+    let mut command = arc_worker();
+    command.args(failing).arg(dir.path()).args([
+        "--workers",
+        "2",
+        "--",
+        "sh",
+        "-c",
+        "sleep 3; exit 3",
+    ]);
+    let said = Said::from(command.output().unwrap());
+    assert!(!said.error.contains("is started again"), "{}", said.error);
+    let mut command = arc_worker();
+    command
+        .args(failing)
+        .arg(dir.path())
+        .args(["--", "no-such-program"]);
+    let said = Said::from(command.output().unwrap());
+    assert!(
+        said.error.contains("cannot start \"no-such-program\"") && said.error.contains("PATH"),
+        "{}",
+        said.error
+    );
 }
