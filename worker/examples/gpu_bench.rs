@@ -8,7 +8,7 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Feedback, ValueType};
 use arc_topk_common::ids::{Rank, TensorId};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
-use arc_topk_worker::backend::device::nvidia::{NvidiaDriver, on_gpu};
+use arc_topk_worker::backend::device::nvidia::{NvidiaDriver, TrainerStream, on_gpu};
 use arc_topk_worker::backend::device::{DeviceSeconds, Driver, Element};
 use arc_topk_worker::backend::{DeviceGradient, Gradient};
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
@@ -81,6 +81,7 @@ fn measure(case: &Case) -> Result<(DeviceSeconds, [f64; 3]), Box<dyn Error>> {
         ..MemoryOptions::default()
     };
     let mut memory = NvidiaDriver::open(0)?;
+    let trainer = TrainerStream::open(0)?;
     let mut job = MemoryCluster::new(spec(case), 1, &options)?;
     let elements = (SHAPE[0] * SHAPE[1]) as usize;
     let size = element_bytes(case.element) as usize;
@@ -107,10 +108,15 @@ fn measure(case: &Case) -> Result<(DeviceSeconds, [f64; 3]), Box<dyn Error>> {
         job.begin();
         for (id, address) in (0..).zip(&gradients) {
             // SAFETY: the memory stays until the job is dropped, and nothing else touches it during the step.
-            let lent = unsafe { DeviceGradient::new(*address, elements, case.element, 0) };
-            job.push(Rank(0), TensorId(id), Gradient::OnDevice(lent))?;
+            let lent = unsafe { DeviceGradient::new(*address, elements, case.element, None) };
+            job.push(Rank(0), TensorId(id), Gradient::OnDevice(&lent))?;
         }
         let outcome = job.finish()?[0].ok_or("the worker is lost")?;
+        let worker = job.worker_mut(Rank(0)).ok_or("the worker is lost")?;
+        if let Some(event) = worker.finished() {
+            // SAFETY: the stream is `memory`'s, and the event is the backend's, which is there.
+            unsafe { trainer.wait(memory.stream(), event) }?;
+        }
         let device = outcome
             .stats
             .device

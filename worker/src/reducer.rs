@@ -179,7 +179,8 @@ pub trait Reducer: Send {
     ) -> Result<(), ReduceError> {
         let _ = (tensor, gradient);
         Err(ReduceError::Step(StepError::Device(DeviceFault(
-            "this worker computes on the CPU, and takes no gradients on a GPU".to_owned(),
+            "this worker takes no gradients on a GPU: copy them to main memory and push them"
+                .to_owned(),
         ))))
     }
 
@@ -187,6 +188,16 @@ pub trait Reducer: Send {
     /// they do already. It is good until the next call.
     fn finished(&mut self) -> Option<u64> {
         None
+    }
+
+    /// Whether the device that this worker computes on still works: what was read with
+    /// [`for_each_result`](Reducer::for_each_result), [`finished`](Reducer::finished) or
+    /// [`export_state`](Reducer::export_state) means nothing if it does not.
+    ///
+    /// # Errors
+    /// If it does not.
+    fn check_device(&self) -> Result<(), ReduceError> {
+        Ok(())
     }
 
     /// Ends all loans of [`lend`](Reducer::lend). Call it after `for_each_result`, or a skipped step. False: a step is open, and

@@ -86,7 +86,9 @@ fn memory_that_ends_is_an_error_wherever_it_ends() {
             at_start += 1;
             continue;
         };
-        match job.step(|rank, id| Some(&given[rank.index()][id.index()][..])) {
+        // Every other gradient is missing: a bucket may be opened by its end alone.
+        let there = |id: TensorId| bytes % 16_000 == 0 || id.0 % 2 == 0;
+        match job.step(|rank, id| there(id).then_some(&given[rank.index()][id.index()][..])) {
             Ok(_) if job.worker(Rank(0)).unwrap().check_device().is_ok() => enough += 1,
             Ok(_) => in_step += 1,
             Err(error) => {
@@ -111,8 +113,8 @@ fn a_gradient_on_a_gpu_is_refused_by_the_cpu() {
     let mut job = cluster(&spec, 1);
     job.begin();
     // SAFETY: nobody reads it: that is what is tested.
-    let lent = unsafe { DeviceGradient::new(256, 320, Element::F32, 0) };
-    let error = job.push(Rank(0), TensorId(0), Gradient::OnDevice(lent));
+    let lent = unsafe { DeviceGradient::new(256, 320, Element::F32, None) };
+    let error = job.push(Rank(0), TensorId(0), Gradient::OnDevice(&lent));
     let text = error.unwrap_err().to_string();
     assert!(text.contains("computes on the CPU"), "{text}");
 }

@@ -123,7 +123,7 @@ fn a_gradient_that_is_not_finite_is_announced_with_an_empty_frame() {
     machine
         .fill(TensorId(0), &[f32::NAN; 60 * 24], &mut out)
         .unwrap();
-    machine.flush(&mut out);
+    machine.flush(&mut out).unwrap();
     let bucket = machine.plan().tensors[0].bucket;
     for frame in &out {
         assert_eq!(frame.header.flags.non_finite, frame.header.bucket == bucket);

@@ -174,7 +174,9 @@ class Exchange:
         One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use. On
         the GPU that compresses, none is.
         """
-        if self.gpu is not None and gradient.device == self.gpu:
+        # float16 would lose what its scale was for: it is unscaled as float32, in main memory.
+        fits = self._scale == 1.0 or gradient.dtype != torch.float16
+        if self.gpu is not None and gradient.device == self.gpu and fits:
             self._on_gpu[index] = _gpu.lend(self.session, index, gradient.detach(), self._scale)
             return
         values = gradient.detach().to("cpu", torch.float32)

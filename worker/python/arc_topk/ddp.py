@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections.abc import Mapping
 from typing import Any
@@ -48,20 +49,24 @@ class Hook:
         if bucket.is_last():
             waiting, results = self._waiting, self._results
             self._open, self._waiting, self._results = False, [], []
-            # Backward may go on meanwhile: it waits for the futures at its end.
-            finishing = threading.Thread(target=self._finish, args=(waiting, results), name="arc-finish", daemon=True)
+            # Backward may go on meanwhile: it waits for the futures at its end. Its stream is where results are put.
+            stream = torch.cuda.current_stream(buffer.device) if buffer.is_cuda else None
+            finishing = threading.Thread(target=self._finish, args=(waiting, results, stream), name="arc-finish", daemon=True)
             finishing.start()
         return future
 
-    def _finish(self, waiting: list[tuple[Any, torch.Tensor]], results: list[tuple[int, torch.Tensor]]) -> None:
-        try:
-            self.exchange.finish(results)
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
-            for future, _ in waiting:
-                future.set_exception(error)
-            return
-        for future, buffer in waiting:
-            future.set_result(buffer)
+    def _finish(
+        self, waiting: list[tuple[Any, torch.Tensor]], results: list[tuple[int, torch.Tensor]], stream: torch.cuda.Stream | None
+    ) -> None:
+        with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
+            try:
+                self.exchange.finish(results)
+            except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
+                for future, _ in waiting:
+                    future.set_exception(error)
+                return
+            for future, buffer in waiting:
+                future.set_result(buffer)
 
 
 # Without annotations, which DDP compares with types that are there only with torch.distributed.

@@ -87,7 +87,7 @@ def averaged(net: nn.Module, optimizer: Any, args: argparse.Namespace) -> tuple[
     settings: dict[str, Any] = {"compressor": "dense"}
     if args.method == "arc":
         wire = {"wire_up": args.wire, "wire_down": args.wire}
-        settings = {"density": args.density, "warmup_updates": args.warmup, **wire}
+        settings = {"density": args.density, "warmup_updates": args.warmup, "device": args.device, **wire}
     if args.form == "wrapper":
         return net, arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     # PowerSGD's hook over gloo works with one bucket alone.

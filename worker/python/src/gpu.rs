@@ -28,18 +28,13 @@ impl Gpu {
         Ok(Self { trainer })
     }
 
-    /// A step begins; all that was lent in the last one was given back.
-    pub(crate) fn begin(&mut self) {
-        self.trainer.begin();
-    }
-
     /// A gradient that is there once PyTorch's `stream` has come so far.
     pub(crate) fn gradient(&mut self, memory: &Memory, stream: u64) -> PyResult<DeviceGradient> {
         // SAFETY: the Python half passes a stream of the device that the gradient is on, which is this one.
         let ready = unsafe { self.trainer.record(stream) }.map_err(super::errors::config)?;
         // SAFETY: the session holds the tensor until `give_back`, PyTorch's stream waits for the results before it goes on, and
         // the Python half leaves the gradient alone meanwhile.
-        Ok(unsafe { memory.on_device(ready) })
+        Ok(unsafe { memory.on_device(Some(ready)) })
     }
 
     /// What PyTorch's `stream` does from here on finds the results.

@@ -316,9 +316,6 @@ impl Session {
     fn begin(&self, py: Python<'_>) -> PyResult<bool> {
         self.with(py, |held| {
             held.spans.clear();
-            if let Some(gpu) = &mut held.gpu {
-                gpu.begin();
-            }
             let StepStart { behind } = held.reducer.begin().map_err(|e| reducing(&e))?;
             Ok(behind)
         })
@@ -430,6 +427,9 @@ impl Session {
                     }
                 }
             });
+            held.reducer
+                .check_device()
+                .map_err(|error| reducing(&error))?;
             let lent = held.give_back();
             in_place.iter_mut().for_each(|memory| memory.scale(factor));
             written.map(|()| (lent, elsewhere))
@@ -453,7 +453,13 @@ impl Session {
 
     /// Step, update and feedback state: arrays of little-endian f32 by name.
     fn export_state<'py>(&self, py: Python<'py>) -> PyResult<Exported<'py>> {
-        let state = self.with(py, |held| Ok(held.reducer.export_state()))?;
+        let state = self.with(py, |held| {
+            let state = held.reducer.export_state();
+            held.reducer
+                .check_device()
+                .map_err(|error| reducing(&error))?;
+            Ok(state)
+        })?;
         let arrays = state.arrays.into_iter().map(|(name, values)| {
             let bytes: Vec<u8> = values.iter().flat_map(|v| v.to_le_bytes()).collect();
             (name, PyBytes::new(py, &bytes))

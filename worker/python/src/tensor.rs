@@ -5,6 +5,7 @@ use arc_topk_worker::backend::{DeviceGradient, Lent, device};
 use half::{bf16, f16};
 use pyo3::{PyErr, PyResult};
 use std::ptr::NonNull;
+use std::sync::Arc;
 
 /// A tensor's element type.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -86,11 +87,11 @@ impl Memory {
         self.elements * self.element.bytes()
     }
 
-    /// Lends elements that lie on a GPU, there once the event `ready` has happened.
+    /// Lends elements that lie on a GPU, there once `ready` has happened.
     ///
     /// # Safety
     /// That of [`DeviceGradient::new`].
-    pub(crate) unsafe fn on_device(&self, ready: u64) -> DeviceGradient {
+    pub(crate) unsafe fn on_device(&self, ready: Option<Arc<dyn device::Ready>>) -> DeviceGradient {
         let element = match self.element {
             Element::F32 => device::Element::F32,
             Element::Bf16 => device::Element::Bf16,

@@ -33,7 +33,7 @@ pub enum Gradient<'a> {
     /// IEEE single, in memory that is the backend's until [`Backend::give_back`]: U and the result take the gradient's place there.
     Lent(Lent),
     /// On a GPU, in memory that is the backend's until [`Backend::give_back`].
-    OnDevice(DeviceGradient),
+    OnDevice(&'a DeviceGradient),
     /// No gradient on this worker: zeros.
     Absent,
 }

@@ -64,9 +64,13 @@ impl Member {
     }
 
     /// No more gradients come in this step; see [`StepMachine::flush`].
-    pub fn flush(&mut self, out: &mut Vec<Output>) {
-        self.machine.flush(&mut self.frames);
+    ///
+    /// # Errors
+    /// As there.
+    pub fn flush(&mut self, out: &mut Vec<Output>) -> Result<(), StepError> {
+        let flushed = self.machine.flush(&mut self.frames);
         self.send_frames(out);
+        flushed
     }
 
     /// Whether [`Member::commit`] may be called.

@@ -267,7 +267,7 @@ impl MemoryCluster {
     pub fn finish(&mut self) -> Result<Vec<Option<StepOutcome>>, MemoryError> {
         for (rank, machine) in (0..).map(Rank).zip(&mut self.workers) {
             if let Some(machine) = machine {
-                machine.flush(&mut self.out);
+                machine.flush(&mut self.out).map_err(failed(rank))?;
                 self.packets
                     .extend(self.out.drain(..).map(|frame| Packet::Up(rank, frame)));
             }

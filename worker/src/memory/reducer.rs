@@ -179,7 +179,7 @@ impl Reducer for MemoryReducer {
     fn finish(&mut self) -> Result<StepOutcome, ReduceError> {
         let mut wait_seconds = 0.0;
         let start = Instant::now();
-        self.machine.flush(&mut self.out);
+        self.machine.flush(&mut self.out)?;
         self.compress += start.elapsed();
         self.send();
         while !self.machine.is_complete() {

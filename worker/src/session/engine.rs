@@ -81,6 +81,9 @@ impl Engine {
                     None => self.tick(&mut core),
                 }
                 let member = &core.member;
+                if let Err(fault) = member.machine().check_device() {
+                    self.shared.fail(fault.into());
+                }
                 complete = member.is_complete().then(|| member.machine().step());
                 deadline = member.next_deadline();
                 std::mem::swap(&mut self.out, &mut core.out);
@@ -108,7 +111,7 @@ impl Engine {
                 let gradient = match &pushed {
                     Pushed::Copied(values) => Gradient::F32(values),
                     Pushed::Lent(lent) => Gradient::Lent(*lent),
-                    Pushed::OnDevice(lent) => Gradient::OnDevice(*lent),
+                    Pushed::OnDevice(lent) => Gradient::OnDevice(lent),
                 };
                 // What was lent for a step that has ended may be gone.
                 let filled = if step == member.machine().step() {
@@ -126,7 +129,8 @@ impl Engine {
             Work::Flush(step) => {
                 // The rounds of a step may close before this comes, and the trainer go on.
                 if step == member.machine().step() {
-                    member.flush(out);
+                    // A device that failed is found below.
+                    let _failed = member.flush(out);
                 }
             }
             Work::Intent { shard, reply } => {

@@ -389,6 +389,10 @@ impl Reducer for QuicReducer {
         self.shared.core().member.finished()
     }
 
+    fn check_device(&self) -> Result<(), ReduceError> {
+        Ok(self.shared.core().member.machine().check_device()?)
+    }
+
     fn give_back(&mut self) -> bool {
         // What was lent for an open step may still lie in the queue.
         if self.open.is_some() {

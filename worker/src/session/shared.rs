@@ -60,6 +60,16 @@ pub(super) enum Work {
     Left(mpsc::Sender<Vec<JoinHandle<()>>>),
 }
 
+impl Work {
+    /// Whether the gradient of which it is has been computed: shards' answers are handled meanwhile, if not.
+    fn is_computed(&self) -> bool {
+        match self {
+            Self::Fill(_, _, Pushed::OnDevice(gradient)) => gradient.is_ready(),
+            _ => true,
+        }
+    }
+}
+
 /// A gradient on its way to the engine.
 pub(super) enum Pushed {
     Copied(Vec<f32>),
@@ -89,6 +99,9 @@ pub(super) struct Peer {
     /// Drives the connection's socket.
     pub(super) endpoint: Endpoint,
 }
+
+/// Time between two looks at whether a gradient is there that a GPU computes.
+const GPU_POLL: Duration = Duration::from_micros(50);
 
 /// Least time between two looks of a trainer that waits.
 const SHORTEST_WAIT: Duration = Duration::from_millis(10);
@@ -376,13 +389,24 @@ impl Shared {
                 return Next::Closed;
             }
             let next = inner.from_shards.pop_front();
-            if let Some(work) = next.or_else(|| inner.from_trainer.pop_front()) {
+            let computed = inner.from_trainer.front().is_none_or(Work::is_computed);
+            let next = next.or_else(|| {
+                let own = computed.then(|| inner.from_trainer.pop_front());
+                own.flatten()
+            });
+            if let Some(work) = next {
                 return Next::Work(work);
             }
             let rest = deadline.map(|deadline| deadline.saturating_sub(self.now()));
             if rest.is_some_and(|rest| rest.is_zero()) {
                 return Next::Deadline;
             }
+            // Nobody tells when the GPU has come so far.
+            let rest = if computed {
+                rest
+            } else {
+                Some(rest.unwrap_or(GPU_POLL).min(GPU_POLL))
+            };
             inner = match rest {
                 Some(rest) => self
                     .work

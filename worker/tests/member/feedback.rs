@@ -197,3 +197,14 @@ fn a_nan_that_came_too_late_leaves_no_trace() {
         });
     }
 }
+
+/// Rounds that were late, skipped, abstained from or made anew, with the device backend: the same states.
+#[test]
+fn the_same_on_a_device() {
+    ON_DEVICE.set(true);
+    one_that_is_behind_takes_the_results_and_keeps_its_state_to_the_bit();
+    what_is_late_stays_whole_in_exact_dense_tensors_too_and_goes_with_the_next();
+    what_was_counted_is_what_the_rosters_say();
+    under_ef21_one_that_was_not_counted_takes_the_mean_for_its_own();
+    a_nan_that_came_too_late_leaves_no_trace();
+}

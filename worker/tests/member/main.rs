@@ -3,6 +3,8 @@
 #![allow(clippy::unwrap_used, reason = "tests")]
 
 mod any_order;
+#[path = "../support/emulated.rs"]
+mod emulated;
 mod feedback;
 mod links;
 mod members;
@@ -17,11 +19,12 @@ use arc_topk_common::config::algorithm::{Compressor, Feedback};
 use arc_topk_common::ids::{Epoch, Rank, RunId, ShardId, Step, TensorId};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Intent, Place, RefusalCode, Welcome};
-use arc_topk_worker::backend::Gradient;
+use arc_topk_worker::backend::{Gradient, on_cpu};
 use arc_topk_worker::member::{AWAY_AFTER, Input, Member, MemberConfig, Notice, Output};
 use arc_topk_worker::reducer::ReduceError;
 use arc_topk_worker::step::{Outgoing, StepMachine, StepOutcome};
 use bytes::Bytes;
+use core::cell::Cell;
 use problem::{algorithm, bits, gradients, model, spec, tensor};
 use proptest::prelude::*;
 use std::collections::BTreeMap;
@@ -45,6 +48,11 @@ fn ms(ms: u64) -> Duration {
     Duration::from_millis(ms)
 }
 
+thread_local! {
+    /// Members of this thread compress on the kernels' emulator.
+    static ON_DEVICE: Cell<bool> = const { Cell::new(false) };
+}
+
 /// A member, the clock and what came out since it was last looked at.
 struct Bench {
     member: Member,
@@ -66,7 +74,15 @@ impl Bench {
 
     fn dialling(spec: &PlanSpec, waited: bool) -> Self {
         let plan = Arc::new(Plan::build(spec.clone()).unwrap());
-        let machine = StepMachine::new(Arc::clone(&plan), Arc::new(Fast), Epoch(0), Step(0), 0);
+        // A device refuses topk.
+        let on_device = ON_DEVICE.get() && spec.algorithm.compressor != Compressor::Topk;
+        let make = if on_device {
+            emulated::backend(1)
+        } else {
+            on_cpu(Arc::new(Fast))
+        };
+        let backend = make(&plan).unwrap();
+        let machine = StepMachine::with_backend(Arc::clone(&plan), backend, Epoch(0), Step(0), 0);
         let config = MemberConfig {
             place: place(1, &[0, 1, 2]),
             coordinator: 1,
@@ -168,7 +184,7 @@ impl Bench {
 
     /// Answers everything until the step is complete, and commits.
     fn finish(&mut self, counted: &[u16], mean: f32) -> StepOutcome {
-        self.member.flush(&mut self.out);
+        self.member.flush(&mut self.out).unwrap();
         loop {
             let frames = self.frames();
             if frames.is_empty() {

@@ -20,7 +20,7 @@ use arc_topk_kernels::Element;
 use arc_topk_worker::backend::device::Driver;
 use arc_topk_worker::backend::{DeviceGradient, Gradient, MakeBackend};
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
-use half::bf16;
+use half::{bf16, f16};
 
 pub fn on(backend: &MakeBackend, spec: &PlanSpec, workers: u16) -> MemoryCluster {
     let options = MemoryOptions {
@@ -116,30 +116,63 @@ pub fn the_same_steps_as_on_the_cpu(make: &MakeBackend) {
     }
 }
 
-/// What one worker of a job holds in device memory, by tensor: bf16 gradients, which results replace.
+/// What one worker of a job holds in device memory, by tensor: gradients, which results replace.
 struct Held {
+    /// Of the memory, in which the elements begin some elements later, as those of a bucket do.
+    memory: u64,
     address: u64,
     elements: usize,
+    element: Element,
 }
 
-fn hold<D: Driver>(driver: &mut D, values: &[bf16]) -> Held {
-    let bytes: &[u8] = bytemuck::cast_slice(values);
-    let address = driver.allocate(bytes.len()).unwrap();
+/// Elements before the first of a tensor: its memory is aligned to its elements alone.
+fn shift(tensor: usize) -> usize {
+    tensor % 4
+}
+
+fn element_bytes(element: Element) -> usize {
+    if element == Element::F32 { 4 } else { 2 }
+}
+
+/// Values as a tensor of a type holds them, and what they are then.
+fn stored(values: &[f32], element: Element) -> (Vec<u8>, Vec<f32>) {
+    match element {
+        Element::F32 => (bytemuck::cast_slice(values).to_vec(), values.to_vec()),
+        Element::Bf16 => {
+            let narrow: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
+            let wide = narrow.iter().map(|x| x.to_f32()).collect();
+            (bytemuck::cast_slice(&narrow).to_vec(), wide)
+        }
+        Element::F16 => {
+            let narrow: Vec<f16> = values.iter().map(|x| f16::from_f32(*x)).collect();
+            let wide = narrow.iter().map(|x| x.to_f32()).collect();
+            (bytemuck::cast_slice(&narrow).to_vec(), wide)
+        }
+    }
+}
+
+fn hold<D: Driver>(driver: &mut D, tensor: usize, bytes: &[u8], element: Element) -> Held {
+    let before = shift(tensor) * element_bytes(element);
+    let memory = driver.allocate(before + bytes.len()).unwrap();
+    let address = memory + before as u64;
     driver.upload(address, bytes).unwrap();
     // Uploads of one driver are not ordered with another's launches.
     driver.fetch(address, &mut [0]).unwrap();
     Held {
+        memory,
         address,
-        elements: values.len(),
+        elements: bytes.len() / element_bytes(element),
+        element,
     }
 }
 
-fn read<D: Driver>(driver: &mut D, held: &Held) -> Vec<bf16> {
-    let mut values = vec![bf16::ZERO; held.elements];
-    driver
-        .fetch(held.address, bytemuck::cast_slice_mut(&mut values))
-        .unwrap();
-    values
+/// The bytes that lie there now; the memory is freed.
+fn take<D: Driver>(driver: &mut D, tensor: usize, held: &Held) -> Vec<u8> {
+    let mut bytes = vec![0; held.elements * element_bytes(held.element)];
+    driver.fetch(held.address, &mut bytes).unwrap();
+    let before = shift(tensor) * element_bytes(held.element);
+    driver.free(held.memory, before + bytes.len());
+    bytes
 }
 
 fn lent_step(job: &mut MemoryCluster, memory: &[Vec<Held>]) {
@@ -148,8 +181,8 @@ fn lent_step(job: &mut MemoryCluster, memory: &[Vec<Held>]) {
         for (id, held) in own.iter().enumerate().rev() {
             // SAFETY: the memory stays until the test has read the results.
             let lent =
-                unsafe { DeviceGradient::new(held.address, held.elements, Element::Bf16, 0) };
-            job.push(Rank(rank), TensorId(id as u32), Gradient::OnDevice(lent))
+                unsafe { DeviceGradient::new(held.address, held.elements, held.element, None) };
+            job.push(Rank(rank), TensorId(id as u32), Gradient::OnDevice(&lent))
                 .unwrap();
         }
     }
@@ -163,7 +196,11 @@ pub fn lent_device_memory_holds_the_results<D: Driver>(
     driver: &mut D,
     wait: impl Fn(&mut D, u64),
 ) {
-    for feedback in [Feedback::Ef14, Feedback::Ef21m] {
+    for (feedback, element) in [
+        (Feedback::Ef14, Element::Bf16),
+        (Feedback::Ef14, Element::F32),
+        (Feedback::Ef21m, Element::F16),
+    ] {
         let rule = AlgorithmConfig {
             warmup_updates: 1,
             ..algorithm(feedback, 0.3)
@@ -175,10 +212,10 @@ pub fn lent_device_memory_holds_the_results<D: Driver>(
             let mut memory: Vec<Vec<Held>> = Vec::new();
             for own in &mut given {
                 let mut held = Vec::new();
-                for values in own {
-                    let rounded: Vec<bf16> = values.iter().map(|x| bf16::from_f32(*x)).collect();
-                    *values = rounded.iter().map(|x| x.to_f32()).collect();
-                    held.push(hold(driver, &rounded));
+                for (tensor, values) in own.iter_mut().enumerate() {
+                    let (bytes, rounded) = stored(values, element);
+                    *values = rounded;
+                    held.push(hold(driver, tensor, &bytes, element));
                 }
                 memory.push(held);
             }
@@ -190,10 +227,10 @@ pub fn lent_device_memory_holds_the_results<D: Driver>(
                 if let Some(event) = worker.finished() {
                     wait(driver, event);
                 }
-                for (held, want) in memory.iter().zip(results(&on_cpu, rank)) {
-                    let want: Vec<bf16> = want.values.iter().map(|x| bf16::from_f32(*x)).collect();
-                    assert!(read(driver, held) == want, "step {number}");
-                    driver.free(held.address, held.elements * 2);
+                for (tensor, (held, want)) in memory.iter().zip(results(&on_cpu, rank)).enumerate()
+                {
+                    let (want, _) = stored(&want.values, element);
+                    assert!(take(driver, tensor, held) == want, "step {number}");
                 }
                 assert!(state(&device, rank) == state(&on_cpu, rank));
             }
@@ -201,7 +238,7 @@ pub fn lent_device_memory_holds_the_results<D: Driver>(
     }
 }
 
-/// A worker without gradients, one that joins with saved state, and what was not counted of a tensor that travels whole.
+/// Saved state goes on on the device, and a step without any gradient.
 pub fn state_moves_between_cpu_and_device(make: &MakeBackend) {
     for rule in rules() {
         let spec = spec(rule, 1, model());

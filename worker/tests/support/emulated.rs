@@ -195,6 +195,10 @@ impl Driver for EmulatedDriver {
         Ok(())
     }
 
+    fn own_bytes(&self) -> u64 {
+        self.slots.iter().flatten().map(|slot| slot.1 as u64).sum()
+    }
+
     fn seconds(&self) -> DeviceSeconds {
         DeviceSeconds::default()
     }

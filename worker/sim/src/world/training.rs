@@ -85,7 +85,9 @@ impl World<'_> {
         let last = at + 1 == case.plan.tensors.len();
         process.open.next_fill = (!last).then_some(at + 1);
         if last {
-            member.flush(&mut out);
+            member
+                .flush(&mut out)
+                .expect("simulated workers have no device");
         } else {
             let time = self.fill_time(worker);
             self.schedule(time, Happening::Fill { life, worker });

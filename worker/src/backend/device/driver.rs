@@ -74,6 +74,9 @@ pub trait Driver: Send {
         arguments: &T,
     ) -> Result<(), DeviceFault>;
 
+    /// Device memory that the driver holds for itself: what [`stage`](Driver::stage) gives.
+    fn own_bytes(&self) -> u64;
+
     /// Time on the device so far, as far as it is known: of launches that ended before the last [`fetch`](Driver::fetch).
     fn seconds(&self) -> DeviceSeconds;
 }
@@ -141,6 +144,9 @@ impl DeviceStats {
     }
 }
 
+/// Bytes of state or results that are copied from the device at a time.
+const FETCH_BYTES: usize = 16 << 20;
+
 /// A driver whose first fault is kept: nothing is done after it.
 pub(super) struct Device<D> {
     driver: D,
@@ -168,6 +174,7 @@ impl<D: Driver> Device<D> {
     pub(super) fn stats(&self) -> DeviceStats {
         DeviceStats {
             seconds: self.driver.seconds(),
+            scratch_bytes: self.stats.scratch_bytes + self.driver.own_bytes(),
             ..self.stats
         }
     }
@@ -253,9 +260,14 @@ impl<D: Driver> Device<D> {
         self.try_to(|driver| driver.fetch(from, out));
     }
 
+    /// Zeros after a fault: whoever reads looks whether there is one.
     pub(super) fn fetch_floats(&mut self, from: u64, floats: usize) -> Vec<f32> {
         let mut values = vec![0.0f32; floats];
-        self.fetch(from, bytemuck::cast_slice_mut(&mut values));
+        let bytes: &mut [u8] = bytemuck::cast_slice_mut(&mut values);
+        // In pieces, since the driver keeps as much pinned memory as the largest takes.
+        for (number, piece) in bytes.chunks_mut(FETCH_BYTES).enumerate() {
+            self.fetch(from + (number * FETCH_BYTES) as u64, piece);
+        }
         values
     }
 

@@ -39,25 +39,53 @@ use core::cell::{OnceCell, RefCell};
 use core::ops::Range;
 use driver::Device;
 use layout::{Layout, Values, wire};
+use std::sync::Arc;
+
+/// Something that happens on the device, after which a gradient is there.
+pub trait Ready: Send + Sync {
+    /// It as the device knows it (a `CUevent`), for what is launched after it.
+    fn event(&self) -> u64;
+
+    /// Whether it has happened, or never will.
+    fn has_happened(&self) -> bool;
+}
 
 /// A gradient in device memory, which is the backend's until [`Backend::give_back`]: the result takes its place.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone)]
 pub struct DeviceGradient {
     address: u64,
     elements: usize,
     element: Element,
-    ready: u64,
+    ready: Option<Arc<dyn Ready>>,
+}
+
+impl core::fmt::Debug for DeviceGradient {
+    fn fmt(&self, f: &mut core::fmt::Formatter<'_>) -> core::fmt::Result {
+        let Self {
+            address, elements, ..
+        } = self;
+        write!(
+            f,
+            "{elements} elements at {address:#x}, ready: {}",
+            self.is_ready()
+        )
+    }
 }
 
 impl DeviceGradient {
-    /// `elements` values of type `element` from `address` on, there once the event `ready` (a `CUevent`; 0: already) has happened.
+    /// `elements` values of type `element` from `address` on, there once `ready` has happened (`None`: already).
     ///
     /// # Safety
-    /// The memory must be the device's of the backend that gets it, aligned, and used by nothing else that is launched after
-    /// `ready`, until `give_back` of the reducer has returned true and the device has reached its event
-    /// ([`Backend::finished`]), or the reducer was dropped.
+    /// The memory must be the device's of the backend that gets it, aligned to its elements, and used by nothing else that is
+    /// launched after `ready`, until `give_back` of the reducer has returned true and the device has reached its event
+    /// ([`Backend::finished`]), or the reducer was dropped and the device has nothing left to do.
     #[must_use]
-    pub unsafe fn new(address: u64, elements: usize, element: Element, ready: u64) -> Self {
+    pub unsafe fn new(
+        address: u64,
+        elements: usize,
+        element: Element,
+        ready: Option<Arc<dyn Ready>>,
+    ) -> Self {
         Self {
             address,
             elements,
@@ -71,10 +99,16 @@ impl DeviceGradient {
     pub fn elements(&self) -> usize {
         self.elements
     }
+
+    /// Whether it is there. Whoever computes with it before waits for it on the device.
+    #[must_use]
+    pub fn is_ready(&self) -> bool {
+        self.ready.as_ref().is_none_or(|ready| ready.has_happened())
+    }
 }
 
 /// Where a tensor's gradient of this step is.
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 enum Home {
     /// Nowhere: zeros.
     #[default]
@@ -155,7 +189,7 @@ impl<D: Driver> DeviceBackend<D> {
     }
 
     fn values(&self, tensor: TensorId) -> Values {
-        match self.homes[tensor.index()] {
+        match &self.homes[tensor.index()] {
             Home::Nowhere => Values {
                 result: self.own[tensor.index()],
                 ..Values::default()
@@ -407,8 +441,10 @@ impl<D: Driver> Backend for DeviceBackend<D> {
         self.homes[index] = match gradient {
             Gradient::Absent => Home::Nowhere,
             Gradient::OnDevice(lent) => {
-                self.device.get_mut().wait_for(lent.ready);
-                Home::Lent(lent)
+                if let Some(ready) = &lent.ready {
+                    self.device.get_mut().wait_for(ready.event());
+                }
+                Home::Lent(lent.clone())
             }
             _ => {
                 self.take_copy(index, gradient);

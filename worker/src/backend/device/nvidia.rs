@@ -9,7 +9,7 @@ mod error;
 mod memory;
 mod timer;
 
-use super::{DeviceSeconds, Driver};
+use super::{DeviceSeconds, Driver, Ready};
 use crate::backend::{DeviceFault, MakeBackend};
 use arc_topk_kernels::{FATBIN, THREADS, names};
 use core::ffi::c_void;
@@ -94,11 +94,33 @@ impl Context {
         })
     }
 
-    /// Makes it this thread's, as every call needs.
-    fn enter(&self) -> Result<(), DeviceFault> {
-        // SAFETY: it is retained until `self` is dropped.
-        unsafe { result::ctx::set_current(self.context) }
-            .map_err(|cause| failed(&self.gpu, "its context", &cause))
+    /// Makes it this thread's, as every call needs, until the guard is dropped: the thread may be the trainer's, whose current
+    /// device must stay what it is.
+    fn enter(&self) -> Result<Entered, DeviceFault> {
+        let lost = |cause: result::DriverError| failed(&self.gpu, "its context", &cause);
+        let before = result::ctx::get_current().map_err(lost)?;
+        if before != Some(self.context) {
+            // SAFETY: it is retained until `self` is dropped.
+            unsafe { result::ctx::set_current(self.context) }.map_err(lost)?;
+        }
+        Ok(Entered {
+            back: (before != Some(self.context)).then_some(before),
+        })
+    }
+}
+
+/// A context is this thread's while it lives.
+struct Entered {
+    /// What was the thread's before, if it was another.
+    back: Option<Option<CUcontext>>,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if let Some(before) = self.back {
+            // SAFETY: it was current before, or there was none.
+            let _set = unsafe { result::ctx::set_current(before.unwrap_or(core::ptr::null_mut())) };
+        }
     }
 }
 
@@ -116,16 +138,50 @@ fn capability(device: sys::CUdevice) -> Result<(i32, i32), result::DriverError> 
     }
 }
 
-/// Events that tell when gradients are there, and streams that wait for results: what a trainer does on its own stream.
+/// What a trainer does on its own stream: events that tell when gradients are there, and waiting for results.
 pub struct TrainerStream {
-    context: Context,
-    /// Used again in each step.
-    events: Vec<CUevent>,
-    used: usize,
+    context: Arc<Context>,
+    /// Used again once nobody else has them.
+    events: Vec<Arc<TrainerEvent>>,
 }
 
-// SAFETY: events may be used from any thread.
-unsafe impl Send for TrainerStream {}
+/// An event of the trainer's stream.
+struct TrainerEvent {
+    context: Arc<Context>,
+    event: CUevent,
+}
+
+// SAFETY: events may be used from any thread, and the context is entered for each use.
+unsafe impl Send for TrainerEvent {}
+// SAFETY: as above; the driver's functions may be called at once from several.
+unsafe impl Sync for TrainerEvent {}
+
+impl Ready for TrainerEvent {
+    fn event(&self) -> u64 {
+        self.event as u64
+    }
+
+    fn has_happened(&self) -> bool {
+        let Ok(_entered) = self.context.enter() else {
+            // The backend's next call will say why.
+            return true;
+        };
+        // SAFETY: it was created, and is destroyed with `self`.
+        let asked = unsafe { result::event::query(self.event) };
+        asked
+            .err()
+            .is_none_or(|cause| cause.0 != sys::CUresult::CUDA_ERROR_NOT_READY)
+    }
+}
+
+impl Drop for TrainerEvent {
+    fn drop(&mut self) {
+        if let Ok(_entered) = self.context.enter() {
+            // SAFETY: it was created for this, and nobody else has it.
+            let _destroyed = unsafe { result::event::destroy(self.event) };
+        }
+    }
+}
 
 impl TrainerStream {
     /// On GPU number `ordinal` of those that are visible.
@@ -134,38 +190,40 @@ impl TrainerStream {
     /// If there is no such GPU, or it cannot be used.
     pub fn open(ordinal: usize) -> Result<Self, DeviceFault> {
         Ok(Self {
-            context: Context::open(ordinal)?,
+            context: Arc::new(Context::open(ordinal)?),
             events: Vec::new(),
-            used: 0,
         })
     }
 
-    /// A step begins: events of the last one may be used again.
-    pub fn begin(&mut self) {
-        self.used = 0;
-    }
-
-    /// An event that happens once everything so far on `stream` (a `CUstream`) has ended.
+    /// Happens once everything so far on `stream` (a `CUstream`) has ended.
     ///
     /// # Errors
     /// Of the device.
     ///
     /// # Safety
     /// The stream must be one of this GPU's.
-    pub unsafe fn record(&mut self, stream: u64) -> Result<u64, DeviceFault> {
-        self.context.enter()?;
-        let gpu = &self.context.gpu;
-        if self.used == self.events.len() {
-            let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
-            self.events
-                .push(event.map_err(|cause| failed(gpu, "an event", &cause))?);
-        }
-        let event = self.events[self.used];
+    pub unsafe fn record(&mut self, stream: u64) -> Result<Arc<dyn Ready>, DeviceFault> {
+        let _entered = self.context.enter()?;
+        let failed = |cause: result::DriverError| failed(&self.context.gpu, "an event", &cause);
+        let free = self
+            .events
+            .iter()
+            .find(|event| Arc::strong_count(event) == 1);
+        let event = match free {
+            Some(event) => Arc::clone(event),
+            None => {
+                let event = result::event::create(CUevent_flags::CU_EVENT_DISABLE_TIMING);
+                let event = Arc::new(TrainerEvent {
+                    context: Arc::clone(&self.context),
+                    event: event.map_err(failed)?,
+                });
+                self.events.push(Arc::clone(&event));
+                event
+            }
+        };
         // SAFETY: the event was created, and the stream is there by the caller's promise.
-        unsafe { result::event::record(event, stream as CUstream) }
-            .map_err(|cause| failed(gpu, "an event", &cause))?;
-        self.used += 1;
-        Ok(event as u64)
+        unsafe { result::event::record(event.event, stream as CUstream) }.map_err(failed)?;
+        Ok(event)
     }
 
     /// What follows on `stream` waits for an event, that of [`Backend::finished`](crate::backend::Backend::finished).
@@ -176,21 +234,10 @@ impl TrainerStream {
     /// # Safety
     /// The stream must be one of this GPU's, the event one that is not destroyed yet.
     pub unsafe fn wait(&self, stream: u64, event: u64) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // SAFETY: the caller's promise.
         unsafe { wait(stream as CUstream, event as CUevent) }
             .map_err(|cause| failed(&self.context.gpu, "waiting for results", &cause))
-    }
-}
-
-impl Drop for TrainerStream {
-    fn drop(&mut self) {
-        if self.context.enter().is_ok() {
-            for event in self.events.drain(..) {
-                // SAFETY: it was created here, and nobody else has it.
-                let _destroyed = unsafe { result::event::destroy(event) };
-            }
-        }
     }
 }
 
@@ -234,7 +281,7 @@ impl NvidiaDriver {
     /// If there is no driver, or an old one, no such GPU, or one that the kernels were not made for.
     pub fn open(ordinal: usize) -> Result<Self, DeviceFault> {
         let context = Context::open(ordinal)?;
-        context.enter()?;
+        let _entered = context.enter()?;
         let gpu = context.gpu.clone();
         let (module, functions) = load(&gpu)?;
         let stream = || {
@@ -336,7 +383,7 @@ fn load(gpu: &Gpu) -> Result<(CUmodule, Functions), DeviceFault> {
 
 impl Driver for NvidiaDriver {
     fn allocate(&mut self, bytes: usize) -> Result<u64, DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // SAFETY: it is zeroed before anybody reads it, in the order of the kernels' stream.
         let address = unsafe { result::malloc_sync(bytes) };
         let address = address.map_err(|cause| error::no_memory(self.gpu(), bytes, &cause))?;
@@ -346,7 +393,8 @@ impl Driver for NvidiaDriver {
     }
 
     fn free(&mut self, address: u64, _: usize) {
-        if self.context.enter().is_ok() && self.drain().is_ok() {
+        let entered = self.context.enter();
+        if entered.is_ok() && self.drain().is_ok() {
             // SAFETY: it came from `allocate`, and no kernel uses it any more.
             let _freed = unsafe { result::free_sync(address) };
             self.allocated.retain(|known| *known != address);
@@ -354,7 +402,7 @@ impl Driver for NvidiaDriver {
     }
 
     fn stage(&mut self, bytes: usize) -> Result<u64, DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // Launches that use the present slot have all been made.
         self.slots[self.staged]
             .leave(self.kernels)
@@ -364,7 +412,7 @@ impl Driver for NvidiaDriver {
     }
 
     fn send(&mut self, bytes: &[u8]) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         let failed = self.failed("copying to it");
         self.slots[self.staged]
             .send(bytes, self.copies, self.kernels)
@@ -372,22 +420,22 @@ impl Driver for NvidiaDriver {
     }
 
     fn upload(&mut self, to: u64, bytes: &[u8]) -> Result<(), DeviceFault> {
-        self.context.enter()?;
-        // SAFETY: `to` is memory from `allocate` that holds so many bytes. From memory that is not pinned the driver has copied
-        // when it returns.
+        let _entered = self.context.enter()?;
+        // SAFETY: `to` is memory from `allocate` that holds so many bytes, and they stay until the copy has ended, below.
         unsafe { result::memcpy_htod_async(to, bytes, self.kernels) }
-            .map_err(self.failed("copying to it"))
+            .map_err(self.failed("copying to it"))?;
+        self.drain()
     }
 
     fn clear(&mut self, at: u64, bytes: usize) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // SAFETY: `at` is memory from `allocate` that holds so many bytes.
         unsafe { result::memset_d8_async(at, 0, bytes, self.kernels) }
             .map_err(self.failed("clearing its memory"))
     }
 
     fn fetch(&mut self, from: u64, out: &mut [u8]) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         let failed = self.failed("copying from it");
         self.inbox.reserve(out.len()).map_err(&failed)?;
         let inbox = self.inbox.bytes_mut(out.len());
@@ -405,14 +453,14 @@ impl Driver for NvidiaDriver {
     }
 
     fn wait_for(&mut self, event: u64) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // SAFETY: whoever lent the gradient keeps the event until it is given back.
         unsafe { wait(self.kernels, event as CUevent) }
             .map_err(self.failed("waiting for gradients"))
     }
 
     fn finished(&mut self) -> Result<u64, DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         // SAFETY: both are this driver's.
         unsafe { result::event::record(self.done, self.kernels) }
             .map_err(self.failed("an event"))?;
@@ -425,7 +473,7 @@ impl Driver for NvidiaDriver {
         blocks: u32,
         arguments: &T,
     ) -> Result<(), DeviceFault> {
-        self.context.enter()?;
+        let _entered = self.context.enter()?;
         let known = self.functions.iter().find(|(name, _)| *name == kernel);
         let (_, function) = known.expect("a kernel of names::ALL");
         let (function, stream) = (*function, self.kernels);
@@ -447,6 +495,10 @@ impl Driver for NvidiaDriver {
         self.timers.time(kernel, stream, launch).map_err(failed)
     }
 
+    fn own_bytes(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.bytes() as u64).sum()
+    }
+
     fn seconds(&self) -> DeviceSeconds {
         self.timers.seconds()
     }
@@ -454,7 +506,8 @@ impl Driver for NvidiaDriver {
 
 impl Drop for NvidiaDriver {
     fn drop(&mut self) {
-        if self.context.enter().is_err() || self.drain().is_err() {
+        let entered = self.context.enter();
+        if entered.is_err() || self.drain().is_err() {
             // The device is lost, and with it all that was on it.
             return;
         }

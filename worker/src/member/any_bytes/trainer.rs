@@ -84,7 +84,9 @@ impl Play {
             4 => self.call(|member, _, out| member.tell_coordinator(report(step), out)),
             5 => {
                 self.begin();
-                self.call(|member, _, out| member.flush(out));
+                self.call(|member, _, out| {
+                    member.flush(out).expect("the CPU does not fail");
+                });
                 if !self.member.is_abstaining() {
                     self.filled.fill(true);
                 }

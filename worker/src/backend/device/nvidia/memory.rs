@@ -84,6 +84,11 @@ impl Slot {
         }
     }
 
+    /// Bytes of the device that it holds.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
     /// All launches that use it have been made.
     pub(super) fn leave(&mut self, kernels: CUstream) -> Result<(), DriverError> {
         // SAFETY: event and stream are the driver's.
