@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, bat
     add("--method", choices=METHODS, default="arc", help="how gradients are averaged (default: arc)")
     add("--form", choices=["ddp", "wrapper"], default="ddp", help="of arc and dense (default: ddp)")
     add("--workers", type=int, default=4)
-    add("--device", default="cpu", help="where models are, and arc compresses: cpu, or cuda, which all workers share (default: cpu)")
+    add("--device", default="cpu", help="where models are, and arc compresses: cpu, or cuda, shared by all workers (default: cpu)")
     add("--density", type=float, default=0.2, help="of arc (default: 0.2)")
     add("--wire", default="int4", help="of arc's values, both ways: f32, bf16, f16, int8, int4 (default: int4)")
     add("--plain-adam", action="store_true", help="torch's AdamW with arc, instead of arc_topk.optim.AdamW")
