@@ -3,7 +3,7 @@
 //! [`StepMachine`](crate::step::StepMachine) decides what happens and when; a backend does it. It is called once per bucket
 //! and phase, or once per round, with all segments (the rows of one tensor that one shard owns) at once, so that a device needs
 //! one launch for each and nothing but bytes for the wire crosses the bus. [`CpuBackend`] runs
-//! [`Kernels`](arc_topk_common::compress::Kernels).
+//! [`Kernels`].
 
 mod cpu;
 pub mod device;

@@ -2,8 +2,9 @@
 
 use super::block::At;
 use super::driver::Driver;
+use super::gather::quant_block;
 use super::layout::wire;
-use super::{DeviceBackend, Home, quant_block};
+use super::{DeviceBackend, Home};
 use crate::backend::{Energies, SegmentCommit, SentRows};
 use arc_topk_common::compress::ValueCodec;
 use arc_topk_common::config::algorithm::Feedback;
