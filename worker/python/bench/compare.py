@@ -56,7 +56,8 @@ class Way:
     @staticmethod
     def arc(density: float, wire: str, more: str = "") -> Way:
         kind = "AdamW" if "--plain-adam" in more else "catch-up"
-        return Way(f"arc {density:g} {wire}, {kind}", f"--method arc --density {density} --wire {wire} {more}".strip())
+        rows = " pooled" if "pooled" in more else ""
+        return Way(f"arc {density:g} {wire}{rows}, {kind}", f"--method arc --density {density} --wire {wire} {more}".strip())
 
 
 WAYS = (
@@ -69,6 +70,7 @@ WAYS = (
     Way.arc(0.2, "int8"),
     Way.arc(0.2, "int4"),
     Way.arc(0.2, "int4", "--plain-adam"),
+    Way.arc(0.1, "int4", "--selection pooled"),
     Way.arc(0.05, "int4"),
     Way.arc(0.05, "int4", "--plain-adam"),
     Way.arc(0.02, "int4"),

@@ -72,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, bat
     add("--workers", type=int, default=4)
     add("--device", default="cpu", help="where models are, and arc compresses: cpu, or cuda, shared by all workers (default: cpu)")
     add("--density", type=float, default=0.2, help="of arc (default: 0.2)")
+    add("--selection", default="per-tensor", help="of rows: per-tensor, or pooled over a bucket's tensors (default: per-tensor)")
     add("--wire", default="int4", help="of arc's values, both ways: f32, bf16, f16, int8, int4 (default: int4)")
     add("--plain-adam", action="store_true", help="torch's AdamW with arc, instead of arc_topk.optim.AdamW")
     add("--rank", type=int, default=4, help="of PowerSGD (default: 4)")
@@ -87,7 +88,8 @@ def averaged(net: nn.Module, optimizer: Any, args: argparse.Namespace) -> tuple[
     settings: dict[str, Any] = {"compressor": "dense"}
     if args.method == "arc":
         wire = {"wire_up": args.wire, "wire_down": args.wire}
-        settings = {"density": args.density, "warmup_updates": args.warmup, "device": args.device, **wire}
+        settings = {"density": args.density, "warmup_updates": args.warmup, "selection": args.selection, "device": args.device}
+        settings |= wire
     if args.form == "wrapper":
         return net, arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     # PowerSGD's hook over gloo works with one bucket alone.
