@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import dataclasses
+import fnmatch
 import json
 import logging
 import threading
@@ -96,6 +97,9 @@ class Exchange:
                     "density": config.density_of(name),
                 }
             )
+        for pattern in config.densities:
+            if not any(fnmatch.fnmatchcase(name, pattern) for name in self.names):
+                logger.warning("densities: no tensor has a name like %r (the first is %r)", pattern, self.names[:1])
         if not specs:
             raise _native.ConfigError("there is no parameter with a gradient: nothing can be averaged")
         self.config = config
@@ -111,6 +115,8 @@ class Exchange:
         self._news: _News | None = None
         self._loss: float | torch.Tensor | None = None
         self._scale = 1.0
+        if state is not None:
+            check_state(state)
         step, update = (0, 0) if state is None else (state["step"], state["update"])
         options = {
             "peers": peers.native(),
@@ -241,6 +247,7 @@ class Exchange:
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave. Before the first step only."""
+        check_state(state)
         arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
         self.session.import_state(state["step"], state["update"], arrays)
 
@@ -287,6 +294,15 @@ class Exchange:
                 summary.compress_seconds,
                 summary.wait_seconds,
             )
+
+
+def check_state(state: Mapping[str, Any]) -> None:
+    """Raises ConfigError for what is no feedback state."""
+    missing = [name for name in ("step", "update", "arrays") if name not in state]
+    if missing:
+        raise _native.ConfigError(
+            f"this is no feedback state of arc_topk (it has no {', '.join(missing)}): pass what exchange.state_dict() gave"
+        )
 
 
 def _to_bytes(values: torch.Tensor) -> bytes:

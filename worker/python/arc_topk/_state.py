@@ -35,11 +35,8 @@ def init(
 
 
 def peers() -> Peers:
-    """Where the shards are."""
-    global _peers
-    if _peers is None:
-        _peers = Peers.find()
-    return _peers
+    """Where the shards are: as :func:`init` said, else as the environment says now."""
+    return Peers.find() if _peers is None else _peers
 
 
 def open_exchange(
@@ -58,7 +55,8 @@ def open_exchange(
     global _exchange
     if _exchange is not None:
         raise _native.ConfigError(
-            "this process is a member of a job already: call arc_topk.shutdown() before it joins with other tensors"
+            "this process is a member of a job already, with the tensors of the model that was registered or wrapped: do that "
+            "once; call arc_topk.shutdown() before it joins with others"
         )
     _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state, elastic=elastic)
     _exchange.carries_gradients = gradients

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import fnmatch
 import os
 from collections.abc import Mapping
@@ -76,6 +77,12 @@ class Config:
         """The config that was given, or the one of these settings."""
         if config is not None and settings:
             raise ConfigError("give either a config or single settings, not both")
+        known = [field.name for field in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in known:
+                near = difflib.get_close_matches(name, known, 1)
+                hint = f"did you mean {near[0]}?" if near else f"settings are {', '.join(known)}"
+                raise TypeError(f"there is no setting {name}: {hint}")
         return config or cls(**settings)
 
     def algorithm(self) -> dict[str, object]:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from . import _native
-from ._exchange import Exchange
+from ._exchange import Exchange, logger
 from ._state import open_exchange
 from .config import Config
 
@@ -60,7 +60,11 @@ class Hook:
     ) -> None:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             try:
-                self.exchange.finish(results)
+                if self.exchange.finish(results).skipped and self._scaler is None:
+                    logger.warning(
+                        "a gradient with a NaN or an infinity came from some worker: all workers skip this step, and gradients "
+                        "are NaN, as after dense averaging; without a GradScaler look at them before the optimizer's step"
+                    )
             except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
                 for future, _ in waiting:
                     future.set_exception(error)

@@ -57,8 +57,10 @@ def test_what_is_wrong_is_named_before_anything_is_connected(certs):
         wrapped(density=1.5)
     with pytest.raises(ConfigError, match="unknown variant"):
         wrapped(compressor="zip")
-    with pytest.raises(TypeError, match="densty"):
+    with pytest.raises(TypeError, match="no setting densty: did you mean density"):
         wrapped(densty=0.5)
+    with pytest.raises(ConfigError, match="no feedback state of arc_topk"):
+        wrapped(state={"junk": 1})
     with pytest.raises(ConfigError, match=r"cert|pem"):
         wrapped()
     with pytest.raises(ConfigError, match="named_parameters does not name"):
@@ -69,3 +71,12 @@ def test_what_is_wrong_is_named_before_anything_is_connected(certs):
         arc_topk.all_reduce([torch.zeros(3, dtype=torch.complex64)])
     with pytest.raises(arc_topk.ArcError, match="not in a job yet"):
         arc_topk.summary()
+
+
+def test_the_environment_counts_as_it_is_when_a_job_is_joined(certs, monkeypatch):
+    monkeypatch.setattr(arc_topk._state, "_peers", None)
+    monkeypatch.setenv("ARC_SHARD_ADDRESSES", "a:1")
+    monkeypatch.setenv("ARC_CERTS", str(certs))
+    assert arc_topk._state.peers().shards == ("a:1",)
+    monkeypatch.setenv("ARC_SHARD_ADDRESSES", "b:2")
+    assert arc_topk._state.peers().shards == ("b:2",)
