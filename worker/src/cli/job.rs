@@ -7,7 +7,7 @@
 
 use super::error::CliError;
 use super::lives::Lives;
-use super::process::{Output, Process, tail};
+use super::process::{Errors, Output, Process, tail};
 use super::progress::Progress;
 use super::stop::Signals;
 use super::words::flags;
@@ -166,8 +166,7 @@ impl<'a> Job<'a> {
         let process = self.spawn(index, name, command, 0)?;
         self.processes.push(process);
         self.ended.push(false);
-        let is_program = index >= usize::from(self.spec.shards) && !self.spec.program.is_empty();
-        let least = if is_program {
+        let least = if self.is_program(index) {
             Lives::LEAST_LIFE_OF_PROGRAM
         } else {
             Lives::LEAST_LIFE
@@ -189,7 +188,12 @@ impl<'a> Job<'a> {
             file += &format!(".{life}");
         }
         let log = self.spec.dir.join("logs").join(format!("{file}.log"));
-        Process::start(index, name, command, log, self.sender.clone())
+        let errors = if self.is_program(index) {
+            Errors::Shown
+        } else {
+            Errors::Logged
+        };
+        Process::start(index, name, command, log, errors, self.sender.clone())
     }
 
     /// Starts a process that has died once more, if it is to be and has not died too often.
@@ -218,6 +222,11 @@ impl<'a> Job<'a> {
                 false
             }
         }
+    }
+
+    /// Whether the process is a worker that runs somebody's program.
+    fn is_program(&self, index: usize) -> bool {
+        index >= usize::from(self.spec.shards) && !self.spec.program.is_empty()
     }
 
     /// This program again, told by flags alone.
@@ -376,6 +385,12 @@ impl<'a> Job<'a> {
             .env("ARC_RANK", rank.to_string())
             .env("ARC_WORKERS", self.spec.workers.to_string());
         command.env("ARC_RUN_DIR", self.worker_dir(rank));
+        if std::env::var_os("OMP_NUM_THREADS").is_none() {
+            // As torchrun does it; more threads than cores slow all workers down.
+            let cores = std::thread::available_parallelism().map_or(1, usize::from);
+            let threads = (cores / usize::from(self.spec.workers)).max(1);
+            command.env("OMP_NUM_THREADS", threads.to_string());
+        }
         // torchrun's names, for programs that make a process group as well.
         command
             .env("RANK", rank.to_string())

@@ -30,7 +30,7 @@ pub(super) struct LocalCommand {
     compare: bool,
     /// Runs this program as every worker instead of the built-in trainer. It finds in its environment how to join:
     /// ARC_SHARD_ADDRESSES, ARC_CERTS, ARC_JOB, ARC_RANK, ARC_WORKERS, ARC_RUN_DIR, and torchrun's RANK, LOCAL_RANK, WORLD_SIZE,
-    /// MASTER_ADDR and MASTER_PORT. One that makes a process group wants --restart never: a worker that is started again
+    /// MASTER_ADDR and MASTER_PORT, and its share of the cores as OMP_NUM_THREADS. What it prints is shown with its rank. One that makes a process group wants --restart never: a worker that is started again
     /// does not get back into the group. One that fails within 30 s of its start is not started again anyway. When the job is stopped it gets
     /// SIGTERM, and its standard input ends; 20 s later it is killed.
     #[arg(last = true, value_name = "PROGRAM", conflicts_with = "compare")]

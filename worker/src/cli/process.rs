@@ -3,17 +3,27 @@
 use super::error::CliError;
 use rustix::process::{Pid, Signal, kill_process};
 use std::fs::File;
+use std::io::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, BufReader};
-use tokio::process::{ChildStdin, Command};
+use tokio::process::{ChildStderr, ChildStdin, Command};
 use tokio::sync::mpsc::{UnboundedSender, unbounded_channel};
+
+/// What becomes of a process's standard error, besides its log file.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(super) enum Errors {
+    /// Nothing.
+    Logged,
+    /// Its lines are passed on, like those of its standard output.
+    Shown,
+}
 
 /// What a process did.
 #[derive(Debug)]
 pub(super) enum Output {
-    /// It wrote a line to its standard output.
+    /// It wrote a line to its standard output, or to its standard error if that is shown.
     Line(String),
     /// It ended.
     Ended(ExitStatus),
@@ -41,6 +51,7 @@ impl Process {
         name: String,
         mut command: Command,
         log: PathBuf,
+        errors: Errors,
         events: UnboundedSender<(usize, Output)>,
     ) -> Result<Self, CliError> {
         let file = File::create(&log).map_err(|source| CliError::File {
@@ -48,10 +59,14 @@ impl Process {
             path: log.clone(),
             source,
         })?;
+        let (stderr, copy) = match errors {
+            Errors::Logged => (Stdio::from(file), None),
+            Errors::Shown => (Stdio::piped(), Some(file)),
+        };
         command
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
-            .stderr(file)
+            .stderr(stderr)
             .kill_on_drop(true)
             .process_group(0);
         let mut child = command.spawn().map_err(|source| CliError::Program {
@@ -61,6 +76,12 @@ impl Process {
         let stdin = child.stdin.take();
         let stdout = child.stdout.take().expect("standard output is piped");
         let (signals, mut wanted) = unbounded_channel();
+        let told = child.stderr.take().zip(copy).map(|(stderr, file)| {
+            let events = events.clone();
+            tokio::spawn(show(stderr, file, move |line| {
+                drop(events.send((key, Output::Line(line))));
+            }))
+        });
         tokio::spawn(async move {
             let mut lines = BufReader::new(stdout).lines();
             let (mut open, mut held) = (true, true);
@@ -87,6 +108,9 @@ impl Process {
                 tokio::time::timeout(Duration::from_millis(200), lines.next_line()).await
             {
                 drop(events.send((key, Output::Line(line))));
+            }
+            if let Some(told) = told {
+                let _held_open = tokio::time::timeout(Duration::from_millis(200), told).await;
             }
             if let Ok(status) = status {
                 drop(events.send((key, Output::Ended(status))));
@@ -120,6 +144,19 @@ impl Process {
     fn signal(&self, signal: Signal) {
         // A process that has ended listens no more.
         let _gone = self.signals.send(signal);
+    }
+}
+
+/// Copies standard error to the log, and says each line.
+async fn show(stderr: ChildStderr, mut log: File, say: impl Fn(String)) {
+    let mut parts = BufReader::new(stderr).split(b'\n');
+    while let Ok(Some(line)) = parts.next_segment().await {
+        // A full disk must not stop the process that writes.
+        let _full = log.write_all(&line).and_then(|()| log.write_all(b"\n"));
+        // Of a progress bar only what it showed last.
+        let line = String::from_utf8_lossy(&line);
+        let shown = line.trim_end_matches('\r').rsplit('\r').next();
+        say(shown.unwrap_or_default().to_owned());
     }
 }
 
@@ -160,6 +197,7 @@ mod tests {
             "x".into(),
             shell("echo one; echo oops >&2; echo two; exit 3"),
             log,
+            Errors::Logged,
             send,
         )
         .unwrap();
@@ -179,6 +217,22 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn errors_that_are_shown_are_in_the_log_as_well() {
+        let dir = tempfile::tempdir().unwrap();
+        let (send, mut events) = unbounded_channel();
+        let log = dir.path().join("log");
+        let script = shell(r"printf '10 %%\r20 %%\nplain\n\377\n' >&2");
+        let process = Process::start(0, "x".into(), script, log, Errors::Shown, send).unwrap();
+        let mut seen = Vec::new();
+        while let Some((_, Output::Line(line))) = events.recv().await {
+            seen.push(line);
+        }
+        assert_eq!(seen, ["20 %", "plain", "\u{fffd}"]);
+        let logged = std::fs::read(&process.log).unwrap();
+        assert_eq!(logged, b"10 %\r20 %\nplain\n\xff\n");
+    }
+
+    #[tokio::test]
     async fn the_end_of_its_input_is_a_request_and_a_kill_is_none() {
         let dir = tempfile::tempdir().unwrap();
         type End = fn(&mut Process);
@@ -189,8 +243,15 @@ mod tests {
         ];
         for (script, end, code, signal) in cases {
             let (send, mut events) = unbounded_channel();
-            let mut process =
-                Process::start(0, "x".into(), shell(script), dir.path().join("log"), send).unwrap();
+            let mut process = Process::start(
+                0,
+                "x".into(),
+                shell(script),
+                dir.path().join("log"),
+                Errors::Logged,
+                send,
+            )
+            .unwrap();
             end(&mut process);
             let Some((_, Output::Ended(status))) = events.recv().await else {
                 panic!("no end")

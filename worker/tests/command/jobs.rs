@@ -130,7 +130,7 @@ fn a_truncated_checkpoint_is_passed_over_and_kept() {
 #[test]
 fn another_program_finds_in_its_environment_how_to_join() {
     let dir = tempfile::tempdir().unwrap();
-    let script = "echo \"$ARC_RANK of $ARC_WORKERS at $ARC_SHARD_ADDRESSES\"; test -f \"$ARC_CERTS/key.pem\"";
+    let script = "echo \"$ARC_RANK of $ARC_WORKERS at $ARC_SHARD_ADDRESSES\"; test -f \"$ARC_CERTS/key.pem\" && echo \"$RANK warns\" >&2";
     let mut command = arc_worker();
     command
         .args([
@@ -149,6 +149,8 @@ fn another_program_finds_in_its_environment_how_to_join() {
     for rank in 0..2 {
         let told = format!("[{rank}] {rank} of 2 at 127.0.0.1:");
         assert!(said.error.contains(&told), "{}", said.error);
+        let warned = format!("[{rank}] {rank} warns");
+        assert!(said.error.contains(&warned), "{}", said.error);
     }
     let failing = ["local", "--admin", "off", "--run-dir"];
     let mut command = arc_worker();
