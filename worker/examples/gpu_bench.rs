@@ -36,13 +36,9 @@ fn wire_bytes(wire: ValueType) -> f64 {
     }
 }
 
-fn element_bytes(element: Element) -> f64 {
-    if element == Element::F32 { 4.0 } else { 2.0 }
-}
-
 /// Bytes per element of the sketch pass, the gather and the commit, with ef14.
 fn bytes(case: &Case) -> [f64; 3] {
-    let (g, density) = (element_bytes(case.element), f64::from(case.density));
+    let (g, density) = (case.element.bytes() as f64, f64::from(case.density));
     let wire = density * wire_bytes(case.wire);
     [
         g + 4.0 + 16.0 / SHAPE[1] as f64,
@@ -84,7 +80,7 @@ fn measure(case: &Case) -> Result<(DeviceSeconds, [f64; 3]), Box<dyn Error>> {
     let trainer = TrainerStream::open(0)?;
     let mut job = MemoryCluster::new(spec(case), 1, &options)?;
     let elements = (SHAPE[0] * SHAPE[1]) as usize;
-    let size = element_bytes(case.element) as usize;
+    let size = case.element.bytes();
     let noise: Vec<u8> = (0..elements * size)
         .map(|i| {
             if i % size == size - 1 {

@@ -13,7 +13,9 @@ use arc_topk_common::ids::{Rank, TensorId};
 use arc_topk_worker::backend::{Gradient, Lent};
 use arc_topk_worker::memory::MemoryCluster;
 use core::ptr::NonNull;
-use support::{Gradients, algorithm, cluster, fingerprint, gradients, model, spec, step};
+use support::{
+    Gradients, algorithm, cluster, fingerprint, gradients, model, rules_and, spec, step,
+};
 
 /// A step whose gradients are lent; they hold the results afterwards.
 fn lent_step(cluster: &mut MemoryCluster, gradients: &mut Gradients) -> bool {
@@ -37,21 +39,7 @@ fn give_back(cluster: &mut MemoryCluster, workers: u16) {
 }
 
 fn all_rules() -> Vec<AlgorithmConfig> {
-    let mut rules: Vec<AlgorithmConfig> = [
-        Feedback::None,
-        Feedback::Ef14,
-        Feedback::Ef21,
-        Feedback::Ef21m,
-    ]
-    .into_iter()
-    .map(|feedback| algorithm(feedback, 0.3))
-    .collect();
-    for compressor in [Compressor::Randk, Compressor::Topk, Compressor::Dense] {
-        rules.push(AlgorithmConfig {
-            compressor,
-            ..algorithm(Feedback::Ef14, 0.3)
-        });
-    }
+    let mut rules = rules_and(&[Compressor::Randk, Compressor::Topk, Compressor::Dense]);
     // The last row of a tensor is filled up: there is no place for that in the gradient's own memory.
     rules.push(AlgorithmConfig {
         block_width: 9,

@@ -15,6 +15,17 @@ pub enum Element {
     F16 = 2,
 }
 
+impl Element {
+    /// Bytes of an element.
+    #[must_use]
+    pub const fn bytes(self) -> usize {
+        match self {
+            Self::F32 => 4,
+            Self::Bf16 | Self::F16 => 2,
+        }
+    }
+}
+
 /// Type on the wire, as `ValueType` of the common crate.
 #[repr(u32)]
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Default, NoUninit)]

@@ -101,8 +101,8 @@ impl Held {
         std::mem::take(&mut self.lent)
     }
 
-    /// Each place can be lent once: the reducer changes it.
-    fn claim(&mut self, address: usize, bytes: usize) -> PyResult<()> {
+    /// Holds what is being lent. Each place can be lent once: the reducer changes it.
+    fn claim(&mut self, owner: Py<PyAny>, address: usize, bytes: usize) -> PyResult<()> {
         let end = address.saturating_add(bytes);
         let before = self.spans.range(..end).next_back();
         if before.is_some_and(|(_, other)| *other > address) {
@@ -113,6 +113,7 @@ impl Held {
         if bytes > 0 {
             self.spans.insert(address, end);
         }
+        self.lent.push(owner);
         Ok(())
     }
 
@@ -333,8 +334,7 @@ impl Session {
     ) -> PyResult<()> {
         let lent = Memory::new(address, elements, "float32")?.lend();
         self.with(py, move |held| {
-            held.claim(address, elements * size_of::<f32>())?;
-            held.lent.push(owner);
+            held.claim(owner, address, elements * size_of::<f32>())?;
             let pushed = match lent {
                 Some(lent) => held.reducer.lend(TensorId(tensor), lent),
                 None => held.reducer.push(TensorId(tensor), &[]),
@@ -361,8 +361,7 @@ impl Session {
     ) -> PyResult<()> {
         let memory = Memory::new(address, elements, dtype)?;
         self.with(py, move |held| {
-            held.claim(address, memory.bytes())?;
-            held.lent.push(owner);
+            held.claim(owner, address, memory.bytes())?;
             let gpu = held.gpu.as_mut();
             let gpu = gpu.ok_or_else(|| super::errors::config("this session has no GPU"))?;
             let gradient = gpu.gradient(&memory, stream)?;

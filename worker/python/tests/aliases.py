@@ -42,13 +42,7 @@ def trained(rank: int, apart: bool, scaled: bool) -> list[torch.Tensor]:
         inputs, wanted = jobs.batch(rank, step)
         optimizer.zero_grad()
         loss = nn.functional.mse_loss(net(inputs[:1]), wanted[:1])
-        if scaler is None:
-            loss.backward()
-            optimizer.step()
-        else:
-            scaler.scale(loss).backward()
-            scaler.step(optimizer)
-            scaler.update()
+        jobs.step(optimizer, loss, scaler)
     arc_topk.shutdown()
     return jobs.values(net)
 

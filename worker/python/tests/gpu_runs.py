@@ -32,13 +32,7 @@ def trained(rank: int, device: str, form: str, settings: dict[str, Any], dtype: 
             optimizer.zero_grad()
             inputs, wanted = (part.to(device, getattr(torch, dtype)) for part in jobs.batch(rank, step))
             loss = nn.functional.mse_loss(wrapped(inputs), wanted)
-            if scaler is None:
-                loss.backward()
-                optimizer.step()
-            else:
-                scaler.scale(loss).backward()
-                scaler.step(optimizer)
-                scaler.update()
+            jobs.step(optimizer, loss, scaler)
         return {
             "gpu": None if exchange.gpu is None else exchange.gpu.index,
             "parameters": [parameter.detach().float().cpu() for parameter in net.parameters()],

@@ -44,6 +44,17 @@ def loss_of(net: nn.Module, rank: int, step: int) -> torch.Tensor:
     return nn.functional.mse_loss(net(inputs), wanted)
 
 
+def step(optimizer: Any, loss: torch.Tensor, scaler: Any | None) -> None:
+    """Backward and the optimizer's step, by the scaler if there is one."""
+    if scaler is None:
+        loss.backward()
+        optimizer.step()
+    else:
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+
 def values(net: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in net.parameters()]
 

@@ -65,20 +65,19 @@ impl CpuBackend {
             .tensors
             .iter()
             .zip(tensor_segments(plan))
-            .map(|(tensor, segments)| Slot {
-                elements: tensor.elements,
-                rule: Rule::of(tensor, algorithm),
-                state: TensorState::new(
-                    Rule::of(tensor, algorithm).feedback,
-                    tensor.rows,
-                    tensor.width,
-                ),
-                late: Vec::new(),
-                buffer: Buffer::Own(Vec::new()),
-                sketch: Vec::new(),
-                finite: Vec::new(),
-                segments,
-                gradient_energy: 0.0,
+            .map(|(tensor, segments)| {
+                let rule = Rule::of(tensor, algorithm);
+                Slot {
+                    elements: tensor.elements,
+                    rule,
+                    state: TensorState::new(rule.feedback, tensor.rows, tensor.width),
+                    late: Vec::new(),
+                    buffer: Buffer::Own(Vec::new()),
+                    sketch: Vec::new(),
+                    finite: Vec::new(),
+                    segments,
+                    gradient_energy: 0.0,
+                }
             });
         let buckets = plan.buckets.iter();
         Self {

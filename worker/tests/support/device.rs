@@ -10,7 +10,8 @@
 )]
 
 use super::support::{
-    algorithm, cluster, fingerprint, gradients, model, results, spec, state, step, tensor,
+    algorithm, cluster, fingerprint, gradients, model, results, rules_and, spec, state, step,
+    tensor,
 };
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback, ProjectionKind, ValueType};
@@ -31,21 +32,7 @@ pub fn on(backend: &MakeBackend, spec: &PlanSpec, workers: u16) -> MemoryCluster
 }
 
 fn rules() -> Vec<AlgorithmConfig> {
-    let mut rules: Vec<AlgorithmConfig> = [
-        Feedback::None,
-        Feedback::Ef14,
-        Feedback::Ef21,
-        Feedback::Ef21m,
-    ]
-    .into_iter()
-    .map(|feedback| algorithm(feedback, 0.3))
-    .collect();
-    for compressor in [Compressor::Randk, Compressor::Dense] {
-        rules.push(AlgorithmConfig {
-            compressor,
-            ..algorithm(Feedback::Ef14, 0.3)
-        });
-    }
+    let mut rules = rules_and(&[Compressor::Randk, Compressor::Dense]);
     // Rounded values both ways, a rounded warm-up, a residual that decays, and a last row that is filled up.
     rules.push(AlgorithmConfig {
         block_width: 9,
@@ -130,10 +117,6 @@ fn shift(tensor: usize) -> usize {
     tensor % 4
 }
 
-fn element_bytes(element: Element) -> usize {
-    if element == Element::F32 { 4 } else { 2 }
-}
-
 /// Values as a tensor of a type holds them, and what they are then.
 fn stored(values: &[f32], element: Element) -> (Vec<u8>, Vec<f32>) {
     match element {
@@ -152,7 +135,7 @@ fn stored(values: &[f32], element: Element) -> (Vec<u8>, Vec<f32>) {
 }
 
 fn hold<D: Driver>(driver: &mut D, tensor: usize, bytes: &[u8], element: Element) -> Held {
-    let before = shift(tensor) * element_bytes(element);
+    let before = shift(tensor) * element.bytes();
     let memory = driver.allocate(before + bytes.len()).unwrap();
     let address = memory + before as u64;
     driver.upload(address, bytes).unwrap();
@@ -161,16 +144,16 @@ fn hold<D: Driver>(driver: &mut D, tensor: usize, bytes: &[u8], element: Element
     Held {
         memory,
         address,
-        elements: bytes.len() / element_bytes(element),
+        elements: bytes.len() / element.bytes(),
         element,
     }
 }
 
 /// The bytes that lie there now; the memory is freed.
 fn take<D: Driver>(driver: &mut D, tensor: usize, held: &Held) -> Vec<u8> {
-    let mut bytes = vec![0; held.elements * element_bytes(held.element)];
+    let mut bytes = vec![0; held.elements * held.element.bytes()];
     driver.fetch(held.address, &mut bytes).unwrap();
-    let before = shift(tensor) * element_bytes(held.element);
+    let before = shift(tensor) * held.element.bytes();
     driver.free(held.memory, before + bytes.len());
     bytes
 }

@@ -2,7 +2,7 @@
 #![allow(dead_code, unreachable_pub, reason = "tests; each file uses its part")]
 
 use arc_topk_common::config::AlgorithmConfig;
-use arc_topk_common::config::algorithm::{Feedback, ValueType};
+use arc_topk_common::config::algorithm::{Compressor, Feedback, ValueType};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 
 /// `[worker][tensor]` → values.
@@ -25,6 +25,22 @@ pub fn algorithm(feedback: Feedback, density: f32) -> AlgorithmConfig {
         bucket_bytes: 4096,
         ..AlgorithmConfig::default()
     }
+}
+
+/// arc with every feedback rule, and other compressors with ef14.
+pub fn rules_and(compressors: &[Compressor]) -> Vec<AlgorithmConfig> {
+    let rules = [
+        Feedback::None,
+        Feedback::Ef14,
+        Feedback::Ef21,
+        Feedback::Ef21m,
+    ];
+    let arc = rules.map(|feedback| algorithm(feedback, 0.3)).into_iter();
+    let others = compressors.iter().map(|compressor| AlgorithmConfig {
+        compressor: *compressor,
+        ..algorithm(Feedback::Ef14, 0.3)
+    });
+    arc.chain(others).collect()
 }
 
 pub fn tensor(name: &str, shape: &[u64]) -> TensorSpec {

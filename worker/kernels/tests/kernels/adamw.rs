@@ -1,6 +1,6 @@
 //! Catch-up AdamW, step by step, beside the common crate's optimizer: to the bit.
 
-use crate::device::{element_bytes, launch, rounded, stored};
+use crate::device::{launch, rounded, stored};
 use crate::memory::Memory;
 use arc_topk_common::optim::{Optimizer, OptimizerConfig, OptimizerKind, RowsCame};
 use arc_topk_kernels::{AdamArgs, AdamTau, AdamTensor, Element, adam_tiles, names};
@@ -34,7 +34,7 @@ struct Slot {
 
 impl Slot {
     fn new(shape: &Shape, start: &[f32]) -> Self {
-        let size = element_bytes(shape.element);
+        let size = shape.element.bytes();
         let moments = || Memory::new(&vec![0f32; shape.rows * shape.width], shape.shift * 4);
         Self {
             parameter: Memory::new(&stored(start, shape.element), shape.shift * size),

@@ -133,7 +133,7 @@ impl Device {
         } else {
             &state.residual
         };
-        let size = element_bytes(spec.element);
+        let size = spec.element.bytes();
         let mut slot = Slot {
             gradient: Memory::new(&vec![0u8; spec.elements * size], spec.shift * size),
             blended: floats(blended),
@@ -407,10 +407,6 @@ pub(crate) fn gaussian(targets: &[Projection], key: ProjectionKey, seed: u64) {
         step: key.step,
     };
     launch(names::GAUSSIAN, &tiles, &arguments, seed);
-}
-
-pub(crate) fn element_bytes(element: Element) -> usize {
-    if element == Element::F32 { 4 } else { 2 }
 }
 
 /// Values as a tensor of a type holds them.

@@ -185,11 +185,7 @@ impl<D: Driver> DeviceBackend<D> {
             if parts.any(|part| part.segment.tensor == tensor && part.late) {
                 continue;
             }
-            let tensor = &mut self.layout.tensors[tensor.index()];
-            if tensor.rule.keeps_late && tensor.blended != 0 {
-                let address = core::mem::take(&mut tensor.blended);
-                self.device.get_mut().free_state(address, tensor.padded);
-            }
+            self.layout.tensors[tensor.index()].release_late(self.device.get_mut());
         }
     }
 
@@ -197,10 +193,7 @@ impl<D: Driver> DeviceBackend<D> {
         let tensor = &mut self.layout.tensors[id.index()];
         let device = self.device.get_mut();
         if values.is_empty() {
-            if tensor.blended != 0 {
-                let address = core::mem::take(&mut tensor.blended);
-                device.free_state(address, tensor.padded);
-            }
+            tensor.release_late(device);
         } else {
             if tensor.blended == 0 {
                 tensor.blended = device.allocate_state(tensor.padded);

@@ -58,16 +58,15 @@ impl<D: Driver> DeviceBackend<D> {
         }
     }
 
-    /// Writes the pieces' descriptors, whose bytes go to `out` one after the other. Returns their number.
+    /// Writes the pieces' descriptors, whose bytes go to `out` one after the other.
     pub(super) fn place_pieces(
         &mut self,
         plan: &GatherPlan,
         first_part: usize,
         wanted: &[Piece<'_>],
         base: u64,
-        out: u64,
-    ) -> usize {
-        let mut bytes = 0;
+        mut out: u64,
+    ) {
         let pieces: Vec<kernels::Piece> = wanted
             .iter()
             .zip(&plan.rows)
@@ -76,7 +75,7 @@ impl<D: Driver> DeviceBackend<D> {
                 let part = self.layout.place(piece.segment).part;
                 let described = kernels::Piece {
                     rows: rows.map_or(0, |rows| rows.address(base)),
-                    out: out + bytes as u64,
+                    out,
                     values: values as u32,
                     segment: (part - first_part) as u32,
                     source: match piece.values {
@@ -89,12 +88,11 @@ impl<D: Driver> DeviceBackend<D> {
                     dense_round: u32::from(piece.values == PieceValues::All),
                     reserved: [0; 2],
                 };
-                bytes += piece.codec.encoded_bytes(values);
+                out += piece.codec.encoded_bytes(values) as u64;
                 described
             })
             .collect();
         self.block.write(plan.pieces, &pieces);
-        bytes
     }
 
     /// Values of a piece.

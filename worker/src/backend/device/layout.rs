@@ -159,7 +159,7 @@ impl Layout {
             0 => 0,
             address => address + (part.first * bytes) as u64,
         };
-        let element_bytes = element_bytes(values.element);
+        let element_bytes = values.element.bytes();
         let elements = tensor.elements.saturating_sub(part.first);
         let mut segment = kernels::Segment {
             gradient: at(values.gradient, element_bytes),
@@ -197,6 +197,13 @@ impl Tensor {
             blended: array(matches!(rule.feedback, Feedback::Ef14 | Feedback::Ef21m)),
             local: array(estimate),
             global: array(estimate),
+        }
+    }
+
+    /// Gives back what held what was not counted, if there is any.
+    pub(super) fn release_late<D: Driver>(&mut self, device: &mut Device<D>) {
+        if self.rule.keeps_late && self.blended != 0 {
+            device.free_state(core::mem::take(&mut self.blended), self.padded);
         }
     }
 
@@ -330,10 +337,6 @@ impl Bucket {
             energy += part.energies() as u64 * 8;
         }
     }
-}
-
-pub(super) fn element_bytes(element: Element) -> usize {
-    if element == Element::F32 { 4 } else { 2 }
 }
 
 pub(super) fn wire(codec: ValueCodec) -> Wire {

@@ -230,17 +230,19 @@ impl<D: Driver> DeviceBackend<D> {
         device.upload(address, &self.converted);
     }
 
+    /// What this step does with a bucket's compressible tensors, all alike; `None` if there are none. Of those that travel whole a
+    /// launch need not know it: they are not sketched, and have no estimate to start anew.
+    fn sparse_pass(&self, bucket: usize) -> Option<LoadPass> {
+        let parts = self.layout.buckets[bucket].parts.iter();
+        parts
+            .filter(|part| part.sparse)
+            .find_map(|part| self.passes[part.segment.tensor.index()])
+    }
+
     /// The first pass over a bucket: U's sketch and whether it is finite; flags and energies go to the outbox.
     fn inspect(&mut self, bucket: usize, segments: u64, flags: u64, energies: u64) {
         let table = &self.layout.buckets[bucket];
-        let passes = table
-            .parts
-            .iter()
-            .map(|part| (part, self.passes[part.segment.tensor.index()]));
-        // Of tensors that travel whole it says nothing: they are not sketched, and have no estimate to start anew.
-        let sparse = passes
-            .filter(|(part, _)| part.sparse)
-            .find_map(|(_, pass)| pass);
+        let sparse = self.sparse_pass(bucket);
         let key = sparse.and_then(|pass| pass.sketch);
         let kernel = key.map_or(names::INSPECT, |_| {
             names::sketch(self.layout.rank, self.layout.gaussian)
@@ -270,11 +272,7 @@ impl<D: Driver> DeviceBackend<D> {
 
     /// Gaussian V of a bucket's tensors. Their descriptors are in the block already.
     fn project(&mut self, bucket: usize, projections: u64, tiles: u64, count: usize) {
-        let passes = self.layout.buckets[bucket]
-            .parts
-            .iter()
-            .filter_map(|part| self.passes[part.segment.tensor.index()]);
-        let Some(key) = passes.into_iter().find_map(|pass| pass.sketch) else {
+        let Some(key) = self.sparse_pass(bucket).and_then(|pass| pass.sketch) else {
             return;
         };
         let arguments = kernels::GaussianArgs {
