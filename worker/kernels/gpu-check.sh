@@ -30,12 +30,12 @@ say "$(nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,nohe
 
 # The file of the test program, to be run by itself and under the sanitizer.
 test_program() {
-  cargo test "${library[@]}" --test gpu --no-run --message-format=json-render-diagnostics |
+  cargo test "${library[@]}" --test it --no-run --message-format=json-render-diagnostics |
     "$python" -c '
 import json, sys
 for line in sys.stdin:
     made = json.loads(line)
-    if made.get("executable") and made["target"]["name"] == "gpu":
+    if made.get("executable") and made["target"]["name"] == "it":
         print(made["executable"])'
 }
 
@@ -63,13 +63,13 @@ if wanted tests || wanted sanitizer; then
 fi
 if wanted tests; then
   say '## Tests on the GPU'
-  "$program" --ignored --test-threads=1 2>&1 | tee -a "$log"
+  "$program" gpu:: --ignored --test-threads=1 2>&1 | tee -a "$log"
 fi
 if wanted sanitizer; then
   tool=$(sanitizer)
   for check in memcheck racecheck synccheck initcheck; do
     say "## compute-sanitizer $check"
-    "$tool" --tool "$check" --error-exitcode 9 "$program" --ignored --test-threads=1 2>&1 | tee -a "$log"
+    "$tool" --tool "$check" --error-exitcode 9 "$program" gpu:: --ignored --test-threads=1 2>&1 | tee -a "$log"
   done
 fi
 if wanted bench; then

@@ -9,7 +9,7 @@ use super::rounds::Rounds;
 use super::stragglers::Lateness;
 use super::{Job, LAST_START_STEP, Life, STEP_WINDOW, Shard, refuse};
 use arc_topk_common::ids::{Epoch, Rank, RunId, ShardId, Step};
-use arc_topk_common::plan::{Plan, PlanSpec};
+use arc_topk_common::plan::{Plan, PlanDifference, PlanSpec};
 use arc_topk_common::wire::{
     Control, Hello, Intent, PROTOCOL_VERSION, Place, RefusalCode, Welcome,
 };
@@ -170,10 +170,10 @@ impl Shard {
             .and_then(|job| job.plan.spec.first_difference(&hello.plan));
         match difference {
             None => Ok(()),
-            Some(difference) => Err(Refusal(
+            Some(PlanDifference { what, here, there }) => Err(Refusal(
                 RefusalCode::Plan,
                 format!(
-                    "the worker's plan differs from that of the workers that are here: {difference}; give all workers the same model and settings"
+                    "this worker's plan is not that of the job's others: {what} is {there} with this one, {here} with them; give all workers the same model and settings"
                 ),
             )),
         }

@@ -64,6 +64,14 @@ class Result:
     seconds: float
 
 
+def density_of(text: str) -> tuple[str, float]:
+    """``PATTERN=DENSITY``, as ``arc_topk.Config.densities`` has them."""
+    pattern, _, density = text.rpartition("=")
+    if not pattern:
+        raise argparse.ArgumentTypeError(f"{text!r} is not PATTERN=DENSITY")
+    return pattern, float(density)
+
+
 def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, batch: int) -> None:
     """Settings that all examples have, with this one's defaults."""
     add = parser.add_argument
@@ -72,6 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, bat
     add("--workers", type=int, default=4)
     add("--device", default="cpu", help="where models are, and arc compresses: cpu, or cuda, shared by all workers (default: cpu)")
     add("--density", type=float, default=0.2, help="of arc (default: 0.2)")
+    add(
+        "--densities",
+        type=density_of,
+        action="append",
+        default=[],
+        metavar="PATTERN=DENSITY",
+        help="of arc, for the tensors whose names match; may be given several times: --densities '*embeddings*=0.02'",
+    )
     add("--selection", default="per-tensor", help="of rows: per-tensor, or pooled over a bucket's tensors (default: per-tensor)")
     add("--wire", default="int4", help="of arc's values, both ways: f32, bf16, f16, int8, int4 (default: int4)")
     add("--plain-adam", action="store_true", help="torch's AdamW with arc, instead of arc_topk.optim.AdamW")
@@ -89,7 +105,7 @@ def averaged(net: nn.Module, optimizer: Any, args: argparse.Namespace) -> tuple[
     if args.method == "arc":
         wire = {"wire_up": args.wire, "wire_down": args.wire}
         settings = {"density": args.density, "warmup_updates": args.warmup, "selection": args.selection, "device": args.device}
-        settings |= wire
+        settings |= wire | {"densities": dict(args.densities)}
     if args.form == "wrapper":
         return net, arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     # PowerSGD's hook over gloo works with one bucket alone.
@@ -161,6 +177,9 @@ def group(args: argparse.Namespace) -> Iterator[None]:
         dist.init_process_group("gloo")
     try:
         yield
+        if args.form == "ddp":
+            # PyTorch takes gloo's threads away with Python's lock in hand, and one may still wait for it to give back a tensor.
+            dist.barrier()
     finally:
         arc_topk.shutdown()
         if args.form == "ddp":

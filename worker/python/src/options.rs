@@ -29,13 +29,26 @@ pub(crate) struct Peers {
 
 impl Peers {
     pub(crate) fn parse(json: &str) -> PyResult<Self> {
-        serde_json::from_str(json).map_err(super::errors::config)
+        read(json)
     }
 
     pub(crate) fn identity(&self) -> PyResult<IdentitySource> {
         IdentitySource::files(&self.ca, &self.cert, &self.key, Role::Worker)
             .map_err(super::errors::config)
     }
+}
+
+/// Reads `json`; an error names the setting as Python does.
+fn read<'a, T: Deserialize<'a>>(json: &'a str) -> PyResult<T> {
+    let mut json = serde_json::Deserializer::from_str(json);
+    serde_path_to_error::deserialize(&mut json).map_err(|error| {
+        let path = error.path().to_string();
+        let setting = path.strip_prefix("algorithm.").unwrap_or(&path);
+        let said = error.inner().to_string();
+        // Where it stands in the text is of no use to who did not write it.
+        let said = said.split(" at line ").next().unwrap_or(&said);
+        super::errors::config(format!("{setting}: {said}"))
+    })
 }
 
 /// A tensor, as Python names it.
@@ -74,7 +87,7 @@ pub(crate) struct Options {
 
 impl Options {
     pub(crate) fn parse(json: &str) -> PyResult<Self> {
-        let options: Self = serde_json::from_str(json).map_err(super::errors::config)?;
+        let options: Self = read(json)?;
         options
             .algorithm
             .validate()

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import faulthandler
 import io
 import json
 import multiprocessing
 import os
+import queue
+import signal
 import socket
 import subprocess
+import tempfile
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -71,8 +76,13 @@ def shards(tmp_path: Path) -> Iterator[Callable[..., Shards]]:
         job.stop()
 
 
-def _serve(tasks: Any, results: Any) -> None:
-    """A worker process: one task after the other, each in a job of its own."""
+#: Seconds that a task of a few seconds gets; some compile, and the machine may be busy.
+_PATIENCE = 180.0
+
+
+def _serve(tasks: Any, results: Any, stacks: str) -> None:
+    """A worker process: one task after the other, each in a job of its own. SIGUSR1 writes where it is into ``stacks``."""
+    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - for the process's life
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:
         rank, environment, function, arguments = task
@@ -95,19 +105,21 @@ class Workers:
     def __init__(self) -> None:
         self.context = multiprocessing.get_context("spawn")
         self.results = self.context.Queue()
-        self.processes: list[tuple[Any, Any]] = []
+        # Process, its tasks, and where it says what it is doing.
+        self.processes: list[tuple[Any, Any, Path]] = []
+        self.stacks = tempfile.TemporaryDirectory(prefix="arc-topk-stacks-")
 
     def run(self, job: Shards, workers: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Runs ``function(rank, *arguments)`` in as many processes; what they returned, by rank."""
         while len(self.processes) < workers:
-            tasks = self.context.Queue()
-            process = self.context.Process(target=_serve, args=(tasks, self.results), daemon=True)
+            tasks, stacks = self.context.Queue(), Path(self.stacks.name) / str(len(self.processes))
+            process = self.context.Process(target=_serve, args=(tasks, self.results, str(stacks)), daemon=True)
             process.start()
-            self.processes.append((process, tasks))
+            self.processes.append((process, tasks, stacks))
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
-        for rank, (_, tasks) in enumerate(self.processes[:workers]):
+        for rank, (_, tasks, _) in enumerate(self.processes[:workers]):
             environment = job.environment() | {
                 "RANK": str(rank),
                 "WORLD_SIZE": str(workers),
@@ -117,8 +129,9 @@ class Workers:
             }
             tasks.put((rank, environment, function, arguments))
         got: dict[int, Any] = {}
-        for _ in range(workers):
-            rank, error, value = self.results.get(timeout=240)
+        deadline = time.monotonic() + _PATIENCE
+        while len(got) < workers:
+            rank, error, value = self._next(workers, deadline)
             if error is not None:
                 # The others wait for it, and must not answer into the next test.
                 self.stop()
@@ -126,8 +139,30 @@ class Workers:
             got[rank] = torch.load(io.BytesIO(value), weights_only=True)
         return [got[rank] for rank in range(workers)]
 
+    def _next(self, workers: int, deadline: float) -> tuple[int, str | None, bytes]:
+        """The next answer, or as an error how a worker died, or where all are when it takes too long."""
+        while True:
+            # Before the queue is looked into: what the dead had answered is in it by then.
+            dead = [(rank, process) for rank, (process, _, _) in enumerate(self.processes[:workers]) if not process.is_alive()]
+            try:
+                answer: tuple[int, str | None, bytes] = self.results.get(timeout=1)
+            except queue.Empty:
+                for rank, process in dead:
+                    return rank, f"its process ended with exit code {process.exitcode}", b""
+                if time.monotonic() > deadline:
+                    return 0, f"no answer in {_PATIENCE:.0f} s; where the workers are:\n{self._where(workers)}", b""
+            else:
+                return answer
+
+    def _where(self, workers: int) -> str:
+        """The stacks of the workers' threads."""
+        for process, _, _ in self.processes[:workers]:
+            os.kill(process.pid, signal.SIGUSR1)
+        time.sleep(1)
+        return "\n".join(f"worker {rank}:\n{stacks.read_text()}" for rank, (_, _, stacks) in enumerate(self.processes[:workers]))
+
     def stop(self) -> None:
-        for process, _ in self.processes:
+        for process, _, _ in self.processes:
             process.kill()
             process.join()
         self.processes = []

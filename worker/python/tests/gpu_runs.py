@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -15,9 +15,7 @@ import jobs
 
 def trained(rank: int, device: str, form: str, settings: dict[str, Any], dtype: str, scaled: bool) -> dict[str, Any]:
     """Parameters after some steps, and where they were compressed."""
-    if form == "ddp":
-        dist.init_process_group("gloo")
-    try:
+    with jobs.process_group() if form == "ddp" else contextlib.nullcontext():
         net = jobs.model().to(device, getattr(torch, dtype))
         scaler = torch.amp.grad_scaler.GradScaler(device, init_scale=1024.0) if scaled else None
         optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
@@ -38,7 +36,3 @@ def trained(rank: int, device: str, form: str, settings: dict[str, Any], dtype: 
             "parameters": [parameter.detach().float().cpu() for parameter in net.parameters()],
             "state": exchange.state_dict(),
         }
-    finally:
-        arc_topk.shutdown()
-        if form == "ddp":
-            dist.destroy_process_group()

@@ -61,9 +61,11 @@ def values(net: nn.Module) -> list[torch.Tensor]:
 
 @contextlib.contextmanager
 def process_group() -> Any:
+    """Gloo's, and its end without PyTorch's deadlock: a thread of gloo's that gives back a tensor waits for Python's lock."""
     dist.init_process_group("gloo")
     try:
         yield
+        dist.barrier()
     finally:
         arc_topk.shutdown()
         dist.destroy_process_group()

@@ -55,8 +55,10 @@ def test_what_is_wrong_is_named_before_anything_is_connected(certs):
 
     with pytest.raises(ConfigError, match="density"):
         wrapped(density=1.5)
-    with pytest.raises(ConfigError, match="unknown variant"):
+    with pytest.raises(ConfigError, match="^compressor: unknown variant"):
         wrapped(compressor="zip")
+    with pytest.raises(ConfigError, match="^wire_up: unknown variant `fp8`, expected .* `bf16`[^\\d]*$"):
+        wrapped(wire_up="fp8")
     with pytest.raises(TypeError, match="no setting densty: did you mean density"):
         wrapped(densty=0.5)
     with pytest.raises(ConfigError, match="no feedback state of arc_topk"):

@@ -80,7 +80,7 @@ fn hellos() {
         (
             refused(|h| h.plan.algorithm.density = 0.25),
             RefusalCode::Plan,
-            "the worker's plan differs from that of the workers that are here: density: 0.5 here, 0.25 there; give all workers the same model and settings",
+            "this worker's plan is not that of the job's others: density is 0.25 with this one, 0.5 with them; give all workers the same model and settings",
         ),
         (
             refused(|h| asks(h, None, None, 5)),
