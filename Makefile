@@ -21,6 +21,9 @@ K8S_VENV   := $(TOOLS)/k8s-venv
 DASH       := $(TOOLS)/dashboards
 WORKER     := $(CARGO) run --quiet --locked -p arc-topk-worker --bin arc-worker --
 
+# arc-ps and arc-worker as `make unit` builds them: `cargo build` would compile the workspace again, without its tests' features.
+PROGRAMS   := $(CARGO) test --quiet --locked --workspace --no-run --test it
+
 # What the long run of bench-loss compares: dense training, and the defaults.
 LONG_CELLS := 'dense adamw,arc ef14 d0.2 int4 catchup20 sketch-int8 warm-int8'
 
@@ -88,7 +91,7 @@ python-lint: $(VENV)/.ready ## lint the Python sources and check their types
 
 .PHONY: python-test
 python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
-	$(CARGO) build --quiet --locked --workspace --bins
+	$(PROGRAMS)
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
 
 .PHONY: kernels
@@ -112,7 +115,7 @@ $(DASH)/.ready: dashboards/tests/requirements.txt dashboards/package-lock.json d
 
 .PHONY: dashboards-test
 dashboards-test: $(DASH)/.ready ## check dashboards and alerts, and watch a real job with a real Prometheus
-	$(CARGO) build --quiet --locked --workspace --bins
+	$(PROGRAMS)
 	cd dashboards && '$(DASH)/venv/bin/ruff' check --quiet . && '$(DASH)/venv/bin/mypy' --no-error-summary
 	cd dashboards && ARC_DASHBOARD_TOOLS='$(DASH)' ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(DASH)/venv/bin/pytest' $(ARGS)
 
@@ -123,7 +126,7 @@ $(K8S_VENV)/.ready: k8s/tests/requirements.txt
 
 .PHONY: k8s-test
 k8s-test: $(K8S_VENV)/.ready ## render and check the Helm chart with Helm 3 and 4
-	$(CARGO) build --quiet --locked --workspace --bins
+	$(PROGRAMS)
 	cd k8s && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(K8S_VENV)/bin/pytest' $(ARGS)
 
 .PHONY: docs
