@@ -40,14 +40,15 @@ demo: ## train a small language model twice, dense and with ARC-Top-K, and compa
 	@$(CARGO) build --locked -p arc-topk-worker --bin arc-worker
 	@$(WORKER) demo $(ARGS)
 
-# What Python needs is mostly PyTorch, which is fetched while cargo compiles.
+# PyTorch, most of what Python needs, is fetched while cargo compiles; what is single-threaded or waits shares the cores.
 .PHONY: test
 test: ## all that must pass before a change is merged: what .ci/run calls
 	@$(MAKE) --no-print-directory '$(VENV)/.ready' & fetching=$$!; \
 	  trap 'kill "$$fetching" 2> /dev/null || true' EXIT; \
-	  $(MAKE) --no-print-directory fmt-check clippy unit docs deny; \
-	  wait "$$fetching"; \
-	  $(MAKE) --no-print-directory python-test
+	  $(MAKE) --no-print-directory fmt-check clippy unit-build; \
+	  wait "$$fetching"
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit docs deny python-lint python
+	@$(MAKE) --no-print-directory pytest
 	@echo 'make test: format, lints, tests, documentation, dependencies and the Python package are in order'
 
 .PHONY: fmt-check
@@ -65,8 +66,12 @@ clippy:
 .PHONY: lint
 lint: fmt-check clippy ## format check and clippy only
 
+.PHONY: unit-build
+unit-build:
+	$(CARGO) test --locked --workspace --no-run
+
 .PHONY: unit
-unit:
+unit: unit-build
 	$(CARGO) test --locked --workspace
 
 # What the Python package is built and tested with, exactly. PyTorch is most of it (2.7 GB).
@@ -91,6 +96,10 @@ python-lint: $(VENV)/.ready ## lint the Python sources and check their types
 
 .PHONY: python-test
 python-test: python-lint python ## test the Python package with PyTorch, gloo and real shards
+	@$(MAKE) --no-print-directory pytest
+
+.PHONY: pytest
+pytest:
 	$(PROGRAMS)
 	cd worker/python && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(abspath $(VENV))/bin/pytest' $(ARGS)
 
