@@ -47,9 +47,9 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 	  trap 'kill "$$fetching" 2> /dev/null || true' EXIT; \
 	  $(MAKE) --no-print-directory fmt-check clippy unit-build; \
 	  wait "$$fetching"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit docs deny python-lint python
-	@$(MAKE) --no-print-directory pytest
-	@echo 'make test: format, lints, tests, documentation, dependencies and the Python package are in order'
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit docs deny kernels-check python-lint python
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line pytest k8s-test dashboards-test
+	@echo 'make test: format, lints, tests, documentation, dependencies, CUDA kernels, the Python package, the chart and dashboards are in order'
 
 .PHONY: fmt-check
 fmt-check:
@@ -137,6 +137,10 @@ $(K8S_VENV)/.ready: k8s/tests/requirements.txt
 k8s-test: $(K8S_VENV)/.ready ## render and check the Helm chart with Helm 3 and 4
 	$(PROGRAMS)
 	cd k8s && ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(K8S_VENV)/bin/pytest' $(ARGS)
+
+.PHONY: images-test
+images-test: ## build the images with buildah and train in containers, one of which is killed (root; buildah, podman, runc)
+	$(PYTHON) k8s/images/check.py $(ARGS)
 
 .PHONY: docs
 docs: ## build the API documentation, warnings denied

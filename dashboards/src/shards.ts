@@ -23,7 +23,7 @@ const now: Section = {
     }),
     stat({
       title: 'Certificate ends in',
-      description: 'Days until the first of the shards\' certificates ends. Below 7 the shards warn too. Renew it with `arc-ps certs --renew`; nothing restarts.',
+      description: 'Days until the first certificate of a shard or worker ends. Below 7 the shards warn too. Renew it with `arc-ps certs --renew`; nothing restarts.',
       unit: 'd',
       decimals: 0,
       limits: { bad: 3, warning: 14, below: true },

@@ -102,6 +102,13 @@ def test_every_rule_has_data(live: Watched) -> None:
             assert live.prometheus.over_time(f'{rule["record"]}{{job="{NAME}"}}', live.start, live.end), rule["record"]
 
 
+def test_all_say_when_their_certificates_end(live: Watched) -> None:
+    ends = f'arc_certificate_expiry_timestamp_seconds{{job="{NAME}"}} > time()'
+    silent = f'arc_build_info{{job="{NAME}"}} unless on (instance) ({ends})'
+    assert live.prometheus.over_time(ends, live.end - 1, live.end)
+    assert not live.prometheus.over_time(silent, live.end - 1, live.end)
+
+
 def test_alerts_see_the_shard_that_died(live: Watched) -> None:
     down = live.prometheus.over_time(f'ALERTS{{alertname="ArcShardDown",job="{NAME}"}}', live.start, live.end)
     assert down

@@ -157,6 +157,16 @@ fn bytes_are_told_apart_from_the_start() {
     assert!(text.contains("arc_build_info{component=\"shard\",version="));
 }
 
+#[test]
+fn a_worker_without_a_certificate_shows_no_end_of_it() {
+    let metrics = WorkerMetrics::new();
+    // A zero would be one that ended long ago.
+    assert!(!metrics.text().contains("certificate_expiry"));
+    metrics.set_certificate_expiry(1_800_000_000);
+    let line = "arc_certificate_expiry_timestamp_seconds 1800000000\n";
+    assert!(metrics.text().contains(line));
+}
+
 #[cfg(target_os = "linux")]
 #[test]
 fn a_process_shows_its_cpu_time_and_memory_once() {

@@ -26,6 +26,7 @@ pub struct WorkerMetrics {
     behind_steps: IntCounter,
     late_contributions: IntCounter,
     digest_mismatches: IntCounter,
+    certificate_expiry: IntGaugeVec,
     snapshots: IntCounterVec,
     snapshot_bytes: IntCounter,
     snapshot_seconds: Histogram,
@@ -121,6 +122,14 @@ impl WorkerMetrics {
                 "arc_digest_mismatches_total",
                 "Comparisons in which the workers' parameters were not all the same",
             ),
+            // Without labels, and not there before it is set: training without shards has no certificate.
+            certificate_expiry: r.add(IntGaugeVec::new(
+                Opts::new(
+                    "arc_certificate_expiry_timestamp_seconds",
+                    "End of the validity of the certificate shown to shards, Unix time",
+                ),
+                &[],
+            )),
             snapshots: r.counters("arc_snapshots_total", "Snapshots that were due, by outcome", &["outcome"]),
             snapshot_bytes: r.counter(
                 "arc_snapshot_uploaded_bytes_total",
@@ -160,6 +169,13 @@ impl WorkerMetrics {
             metrics.set_device_memory(*held_for, 0);
         }
         metrics
+    }
+
+    /// The certificate that new connections show ends at this Unix time, seconds.
+    pub fn set_certificate_expiry(&self, timestamp: u64) {
+        self.certificate_expiry
+            .with_label_values(&[] as &[&str])
+            .set(i64::try_from(timestamp).unwrap_or(i64::MAX));
     }
 
     /// A step ended after `seconds`; dense f32 would have sent, and received, `dense_equivalent_bytes`.

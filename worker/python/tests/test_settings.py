@@ -55,9 +55,9 @@ def test_what_is_wrong_is_named_before_anything_is_connected(certs):
 
     with pytest.raises(ConfigError, match="density"):
         wrapped(density=1.5)
-    with pytest.raises(ConfigError, match="^compressor: unknown variant"):
+    with pytest.raises(ConfigError, match=r"^compressor: unknown variant"):
         wrapped(compressor="zip")
-    with pytest.raises(ConfigError, match="^wire_up: unknown variant `fp8`, expected one of .*`int4`$"):
+    with pytest.raises(ConfigError, match=r"^wire_up: unknown variant `fp8`, expected one of .*`int4`$"):
         wrapped(wire_up="fp8")
     with pytest.raises(TypeError, match="no setting densty: did you mean density"):
         wrapped(densty=0.5)

@@ -13,9 +13,11 @@ use arc_topk_common::metrics::{
 };
 use arc_topk_common::plan::Plan;
 use arc_topk_ps::server::admin::{self, Admin, Answer};
+use arc_topk_transport::IdentitySource;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::time::UNIX_EPOCH;
 
 /// Steps between two looks at the connections: reading them takes locks that sending needs.
 const CONNECTIONS_EVERY: u64 = 10;
@@ -203,6 +205,8 @@ pub(super) struct Pages {
     pub(super) metrics: Arc<WorkerMetrics>,
     latest: Mutex<Option<StepRecord>>,
     rank: AtomicU64,
+    /// What this worker shows to shards, once it knows.
+    identity: OnceLock<IdentitySource>,
 }
 
 impl Pages {
@@ -213,7 +217,13 @@ impl Pages {
             metrics,
             latest: Mutex::default(),
             rank: AtomicU64::new(u64::MAX),
+            identity: OnceLock::new(),
         }
+    }
+
+    /// Shards are shown this.
+    pub(super) fn shows(&self, identity: &IdentitySource) {
+        let _shown_already = self.identity.set(identity.clone());
     }
 
     /// The worker is a member of its job.
@@ -266,6 +276,11 @@ impl Pages {
 
 impl Admin for Pages {
     fn metrics(&self) -> String {
+        let identity = self.identity.get().map(IdentitySource::settled);
+        if let Some(end) = identity.and_then(|identity| identity.not_after().ok()) {
+            let timestamp = end.duration_since(UNIX_EPOCH).map_or(0, |d| d.as_secs());
+            self.metrics.set_certificate_expiry(timestamp);
+        }
         self.metrics.text()
     }
 

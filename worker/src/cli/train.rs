@@ -143,6 +143,7 @@ impl TrainCommand {
     ) -> Result<RunSummary, CliError> {
         let [ca, cert, key] = self.certs.paths("worker")?;
         let identity = IdentitySource::files(&ca, &cert, &key, Role::Worker)?;
+        watch.pages.shows(&identity);
         let store = StoreConfig::new(&self.peers.shard_addresses, identity.clone());
         let store: Arc<dyn SnapshotStore> = Arc::new(StoreClient::new(store)?);
         let mut config = TrainConfig {

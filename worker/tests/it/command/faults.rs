@@ -1,6 +1,6 @@
 //! Processes that are killed for real.
 
-use super::{Job, Said, digest, local_of, summary};
+use super::{Job, Said, digest, local, local_of, summary};
 use serde_json::Value;
 use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
@@ -230,4 +230,32 @@ fn processes_that_are_killed_come_back() {
     assert_eq!(summary(&runs, 0)["steps"], 600);
     let late = summary(&runs, 3)["steps"].as_u64().unwrap();
     assert!((1..540).contains(&late), "{late}");
+}
+
+/// As an upgrade does it: each is asked to end, and another takes its place.
+#[test]
+fn shards_are_replaced_one_after_the_other_and_nothing_differs() {
+    let dir = tempfile::tempdir().unwrap();
+    let (runs, undisturbed) = (dir.path().join("runs"), dir.path().join("undisturbed"));
+    let steps = ["--steps", "240", "--json", "--threads", "1"];
+    let expected = Said::from(local(&undisturbed).args(steps).output().unwrap());
+    assert_eq!(expected.code, Some(0), "{}", expected.error);
+    let mut command = local(&runs);
+    let mut job = Job::start(command.args(steps).args(["--chaos-delay-ms", "10"]));
+    let mut lines = BufReader::new(job.0.stdout.take().unwrap());
+    for (shard, step) in [(0, 100), (1, 160)] {
+        await_step(&mut lines, 0, step);
+        let words = [" ps ", &format!("--shard={shard} ")];
+        Job::signal(job.process(&words), "-TERM");
+    }
+    let said = end(job, lines);
+    assert_eq!(said.code, Some(0), "{}", said.error);
+    for shard in 0..2 {
+        let again = format!("shard {shard} is started again");
+        assert!(said.error.contains(&again), "{again}:\n{}", said.error);
+    }
+    for rank in 0..2 {
+        assert_eq!(digest(&runs, rank), digest(&undisturbed, 0));
+        assert_eq!(summary(&runs, rank)["steps"], 240);
+    }
 }
