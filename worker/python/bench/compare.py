@@ -2,7 +2,8 @@
 
     python bench/compare.py --task text --task reviews --out runs/compare
 
-All runs of a task have equal seeds, data and steps; each method is taken at the best of three learning rates. Four workers share
+All runs of a task have equal seeds, data and steps; each method is taken at the best of three learning rates (by the mean, with
+--seeds of more than one: the table then says how far they lie apart). Four workers share
 this machine, one after the other for each method, so losses and bytes say something here and times do not. Bytes are those that
 the kernel counted on loopback, as one worker's link would carry them, both ways. A run that is in the results
 file already is not made again: what was interrupted goes on.
@@ -17,10 +18,12 @@ import logging
 import math
 import multiprocessing
 import os
+import statistics
 import sys
 import tempfile
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -80,7 +83,7 @@ WAYS = (
 #: What a task has besides. A step of the reviews touches a hundredth of the word embeddings, which are half of the model: what is
 #: saved there goes to the other tensors.
 EMBEDDINGS = "--densities *word_embeddings*=0.02"
-MORE_WAYS = {"reviews": tuple(Way.arc(density, "int4", EMBEDDINGS) for density in (0.3, 0.1))}
+MORE_WAYS = {"reviews": tuple(Way.arc(density, "int4", EMBEDDINGS) for density in (0.3, 0.25, 0.1))}
 
 
 def ways(task: str) -> tuple[Way, ...]:
@@ -133,12 +136,14 @@ def serve(link: Connection) -> None:
             link.send((traceback.format_exc(), None))
 
 
-def runs(task: str, given: Sequence[str]) -> Iterator[tuple[str, float, argparse.Namespace]]:
+def runs(task: str, seeds: int, given: Sequence[str]) -> Iterator[tuple[str, float, argparse.Namespace]]:
     """Name of the way, learning rate and settings of each run."""
     arguments, _, rates, own = TASKS[task]
     for way in ways(task):
-        for rate in rates:
-            yield way.name, rate, arguments().parse_args([*own, *way.settings.split(), f"--lr={rate}", *given])
+        for seed in range(seeds):
+            for rate in rates:
+                words = [*own, *way.settings.split(), f"--lr={rate}", f"--seed={seed}", *given]
+                yield way.name, rate, arguments().parse_args(words)
 
 
 def key(task: str, name: str, args: argparse.Namespace) -> str:
@@ -146,32 +151,42 @@ def key(task: str, name: str, args: argparse.Namespace) -> str:
     return json.dumps([task, name, vars(args)], sort_keys=True)
 
 
-def loss_of(result: dict[str, Any]) -> float:
-    """A run that came apart is the worst."""
-    loss = float(result["validation"]["loss"])
+def loss_of(runs: list[dict[str, Any]]) -> float:
+    """Mean over the seeds. A run that came apart is the worst."""
+    loss = statistics.fmean(float(run["validation"]["loss"]) for run in runs)
     return math.inf if math.isnan(loss) else loss
+
+
+def cell(values: list[float]) -> str:
+    """Mean, and the standard deviation where there are several."""
+    mean = f"{statistics.fmean(values):.4f}"
+    return f"{mean} ± {statistics.stdev(values):.4f}" if len(values) > 1 else mean
 
 
 def table(task: str, results: list[dict[str, Any]]) -> str:
     """Each way at its best rate, as Markdown."""
-    best: dict[str, dict[str, Any]] = {}
+    by_rate: dict[tuple[str, float], list[dict[str, Any]]] = defaultdict(list)
     for result in results:
-        name = result["name"]
-        if name not in best or loss_of(result) < loss_of(best[name]):
-            best[name] = result
+        by_rate[result["name"], result["lr"]].append(result)
+    best: dict[str, list[dict[str, Any]]] = {}
+    for (name, _), alike in by_rate.items():
+        if name not in best or loss_of(alike) < loss_of(best[name]):
+            best[name] = alike
     measures = list(results[0]["validation"])
     dense = best.get(WAYS[0].name)
     lines = [
-        f"| {task} | " + " | ".join(measures) + " | learning rate | kB a step | fewer bytes | MB of the whole run |",
-        "|" + "---|" * (len(measures) + 5),
+        f"| {task} | " + " | ".join(measures) + " | seeds | learning rate | kB a step | fewer bytes | MB of the whole run |",
+        "|" + "---|" * (len(measures) + 6),
     ]
     for way in ways(task):
-        if (row := best.get(way.name)) is None:
+        if (alike := best.get(way.name)) is None:
             continue
-        values = " | ".join(f"{row['validation'][measure]:.4f}" for measure in measures)
-        fewer = f"{dense['bytes_per_step'] / row['bytes_per_step']:.1f}" if dense else ""
+        row = alike[0]
+        values = " | ".join(cell([run["validation"][measure] for run in alike]) for measure in measures)
+        fewer = f"{dense[0]['bytes_per_step'] / row['bytes_per_step']:.1f}" if dense else ""
         lines.append(
-            f"| {way.name} | {values} | {row['lr']:g} | {row['bytes_per_step'] / 1e3:.1f} | {fewer} | {row['bytes'] / 1e6:.1f} |"
+            f"| {way.name} | {values} | {len(alike)} | {row['lr']:g} | {row['bytes_per_step'] / 1e3:.1f} | {fewer} "
+            f"| {row['bytes'] / 1e6:.1f} |"
         )
     return "\n".join(lines) + "\n"
 
@@ -180,6 +195,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--task", action="append", choices=list(TASKS), help="may be given several times (default: text, reviews)")
     parser.add_argument("--way", action="append", default=[], help="only ways whose names hold this; may be given several times")
+    parser.add_argument(
+        "--rate", action="append", type=float, default=[], help="only these learning rates; may be given several times"
+    )
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each way and rate, with seeds from 0 on (default: 1)")
     parser.add_argument("--workers", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/compare"), help="where results are kept (default: runs/compare)")
     parser.add_argument("--table", action="store_true", help="only print the tables of the results that are there")
@@ -194,10 +213,10 @@ def main() -> None:
         file = args.out / f"{task}.jsonl"
         results = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
         known = {result["key"] for result in results}
-        todo = list(runs(task, [f"--workers={args.workers}", *args.more]))
+        todo = list(runs(task, args.seeds, [f"--workers={args.workers}", *args.more]))
         for at, (name, rate, settings) in enumerate(todo):
             identity = key(task, name, settings)
-            asked = not args.way or any(part in name for part in args.way)
+            asked = (not args.way or any(part in name for part in args.way)) and (not args.rate or rate in args.rate)
             if args.table or identity in known or not asked:
                 continue
             pool = pool or Pool(args.workers)
@@ -208,7 +227,7 @@ def main() -> None:
                 out.write(json.dumps(row) + "\n")
             results.append(row)
             print(
-                f"{task} {at + 1}/{len(todo)}: {name}, lr {rate:g}: {result.validation}, "
+                f"{task} {at + 1}/{len(todo)}: {name}, lr {rate:g}, seed {settings.seed}: {result.validation}, "
                 f"{result.bytes_per_step / 1e3:.1f} kB a step, {time.monotonic() - begun:.0f} s",
                 flush=True,
             )
