@@ -443,7 +443,9 @@ impl<'a> Job<'a> {
                 if status.success() && rank.is_some() {
                     self.done = true;
                 }
-                if status.success() || stopping || dismissed {
+                // A shard that was asked to end, in the middle of a job, is missed as one that died is.
+                let finished = status.success() && (rank.is_some() || self.done);
+                if finished || stopping || dismissed {
                     self.ended[index] = true;
                 } else {
                     progress.complaint(&complaint(&self.processes[index], status));
