@@ -45,7 +45,8 @@ impl Lives {
     /// Begins another life after one that ended with `status`, unless that would help nobody. Returns its number.
     pub(super) fn next(&mut self, now: Instant, status: ExitStatus) -> Option<usize> {
         let wrong_usage_or_asked = matches!(status.code(), Some(2 | 130));
-        let stillborn = status.code().is_some() && now - self.started < self.least;
+        let failed = status.code().is_some_and(|code| code != 0);
+        let stillborn = failed && now - self.started < self.least;
         let recent = |at: &&Instant| now - **at < Self::WINDOW;
         let often = self.restarts.iter().filter(recent).count() >= Self::MOST;
         if wrong_usage_or_asked || stillborn || often {
@@ -75,6 +76,8 @@ mod tests {
         assert_eq!(lives.next(later, code(2)), None, "wrong usage");
         assert_eq!(lives.next(later, code(130)), None, "it was asked to end");
         assert!(!lives.is_again());
+        let mut asked = Lives::new(start, Lives::LEAST_LIFE);
+        assert_eq!(asked.next(start, code(0)), Some(1), "it could start");
         let mut slow = Lives::new(start, Lives::LEAST_LIFE_OF_PROGRAM);
         assert_eq!(slow.next(later, code(1)), None, "nor does it help here");
         assert_eq!(lives.next(later, code(1)), Some(1));
