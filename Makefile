@@ -128,6 +128,18 @@ dashboards-test: $(DASH)/.ready ## check dashboards and alerts, and watch a real
 	cd dashboards && '$(DASH)/venv/bin/ruff' check --quiet . && '$(DASH)/venv/bin/mypy' --no-error-summary
 	cd dashboards && ARC_DASHBOARD_TOOLS='$(DASH)' ARC_BIN='$(abspath $(TARGET_DIR))/debug' '$(DASH)/venv/bin/pytest' $(ARGS)
 
+dashboards/screenshots/node_modules/.ready: dashboards/screenshots/package-lock.json $(DASH)/.ready
+	@echo "screenshots: fetching Grafana's components: 640 MB, some minutes, once"
+	cd dashboards/screenshots && PATH='$(DASH)/venv/bin':"$$PATH" npm ci --silent --ignore-scripts && \
+	  PATH='$(DASH)/venv/bin':"$$PATH" node node_modules/esbuild/install.js
+	touch '$@'
+
+.PHONY: screenshots
+screenshots: dashboards/screenshots/node_modules/.ready ## photograph the dashboards with a real job's data (needs Chromium)
+	$(PROGRAMS)
+	ARC_DASHBOARD_TOOLS='$(DASH)' ARC_BIN='$(abspath $(TARGET_DIR))/debug' PYTHONPATH=dashboards/tests \
+	  '$(DASH)/venv/bin/python' dashboards/screenshots/take.py $(ARGS)
+
 $(K8S_VENV)/.ready: k8s/tests/requirements.txt
 	$(PYTHON) -m venv '$(K8S_VENV)'
 	'$(K8S_VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement '$<'

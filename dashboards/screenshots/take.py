@@ -21,13 +21,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent / "tests"))
-
 import job
 import material
 from test_live import VARIABLES, disturb
 
+HERE = Path(__file__).resolve().parent
 NAMES = ("training", "communication", "shards", "workers")
 #: Data points along a panel.
 POINTS = 240
@@ -52,7 +50,9 @@ def answered(prometheus: job.Prometheus, target: dict[str, Any], start: float, e
     lines = []
     for series in found:
         labels = series["metric"]
-        name = re.sub(r"{{\s*(\w+)\s*}}", lambda part, labels=labels: labels.get(part[1], ""), target["legendFormat"])
+        # The odd parts are names of labels.
+        parts = re.split(r"{{\s*(\w+)\s*}}", target["legendFormat"])
+        name = "".join(labels.get(part, "") if at % 2 else part for at, part in enumerate(parts))
         times = [1000 * float(at) for at, _ in series["values"]]
         numbers = [float(value) for _, value in series["values"]]
         values = [value if abs(value) != float("inf") and value == value else None for value in numbers]
