@@ -13,6 +13,7 @@ import {
 } from '@grafana/data';
 import { BigValue, GlobalStyles, PanelChrome, TimeSeries } from '@grafana/ui';
 import { createRoot } from 'react-dom/client';
+import 'uplot/dist/uPlot.min.css';
 
 /** What a query answered, a line for each. */
 interface Line {
@@ -125,7 +126,7 @@ function Placed({ panel, range }: { panel: Panel; range: TimeRange }) {
   const [width, height] = [w * column - GAP, h * UNIT - GAP];
   const style = { position: 'absolute' as const, left: GAP + x * column, top: GAP + y * UNIT, width, height };
   if (panel.type === 'row') {
-    return <h4 style={style}>{panel.title}</h4>;
+    return <h4 style={{ ...style, margin: 0, color: theme.colors.text.primary }}>{panel.title}</h4>;
   }
   return (
     <div style={style}>

@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 NAMES = ("training", "communication", "shards", "workers")
 #: Data points along a panel.
 POINTS = 240
-PAGE = """<!doctype html><meta charset="utf-8"><style>body {{ margin: 0 }}</style><div id="root"></div>
+PAGE = """<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="{styles}"><style>body {{ margin: 0 }}</style><div id="root"></div>
 <script>window.shown = {shown}</script><script src="{script}"></script>"""
 
 
@@ -63,7 +63,7 @@ def answered(prometheus: job.Prometheus, target: dict[str, Any], start: float, e
 def filled(prometheus: job.Prometheus, name: str, start: float, end: float) -> dict[str, Any]:
     """A dashboard's panels with their data."""
     shown = []
-    for panel in material.panels(name):
+    for panel in material.dashboard(name)["panels"]:
         targets = panel.get("targets", [])
         lines = [line for target in targets for line in answered(prometheus, target, start, end)]
         shown.append({**panel, "lines": lines})
@@ -102,7 +102,13 @@ def main() -> None:
             dashboards = {name: show(name) for name in NAMES}
         for name, shown in dashboards.items():
             page = folder / f"{name}.html"
-            page.write_text(PAGE.format(shown=json.dumps(shown).replace("</", "<\\/"), script=script.as_uri()))
+            page.write_text(
+                PAGE.format(
+                    shown=json.dumps(shown).replace("</", "<\\/"),
+                    script=script.as_uri(),
+                    styles=script.with_suffix(".css").as_uri(),
+                )
+            )
             places = [panel["gridPos"] for panel in shown["panels"]]
             height = max(place["y"] + place["h"] for place in places) * 38 + 8
             photograph(browser, page, HERE / f"{name}.png", height)

@@ -179,13 +179,14 @@ def table(task: str, results: list[dict[str, Any]]) -> str:
         "|" + "---|" * (len(measures) + 6),
     ]
     for way in ways(task):
-        if (alike := best.get(way.name)) is None:
+        if way.name not in best:
             continue
-        row = alike[0]
-        values = " | ".join(cell([run["validation"][measure] for run in alike]) for measure in measures)
+        seeds = best[way.name]
+        row = seeds[0]
+        values = " | ".join(cell([run["validation"][measure] for run in seeds]) for measure in measures)
         fewer = f"{dense[0]['bytes_per_step'] / row['bytes_per_step']:.1f}" if dense else ""
         lines.append(
-            f"| {way.name} | {values} | {len(alike)} | {row['lr']:g} | {row['bytes_per_step'] / 1e3:.1f} | {fewer} "
+            f"| {way.name} | {values} | {len(seeds)} | {row['lr']:g} | {row['bytes_per_step'] / 1e3:.1f} | {fewer} "
             f"| {row['bytes'] / 1e6:.1f} |"
         )
     return "\n".join(lines) + "\n"
