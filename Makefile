@@ -71,7 +71,7 @@ unit-build:
 	$(CARGO) test --locked --workspace --no-run
 
 .PHONY: unit
-unit: unit-build
+unit:
 	$(CARGO) test --locked --workspace
 
 # What the Python package is built and tested with, exactly. PyTorch is most of it (2.7 GB).
