@@ -47,8 +47,8 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 	  trap 'kill "$$fetching" 2> /dev/null || true' EXIT; \
 	  $(MAKE) --no-print-directory fmt-check clippy unit-build; \
 	  wait "$$fetching"
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line unit docs deny kernels-check python-lint python
-	@$(MAKE) --no-print-directory --jobs=2 --output-sync=line pytest k8s-test dashboards-test
+	@$(MAKE) --no-print-directory --jobs=2 unit docs deny kernels-check python-lint python
+	@$(MAKE) --no-print-directory --jobs=2 pytest k8s-test dashboards-test
 	@echo 'make test: format, lints, tests, documentation, dependencies, CUDA kernels, the Python package, the chart and dashboards are in order'
 
 .PHONY: fmt-check
