@@ -5,6 +5,8 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 MAKEFLAGS += --no-builtin-rules
+# Cargo would look for the job server of make --jobs in it, which is not there for it.
+unexport MAKEFLAGS
 
 CARGO  ?= cargo
 PYTHON ?= python3

@@ -29,7 +29,8 @@ HERE = Path(__file__).resolve().parent
 NAMES = ("training", "communication", "shards", "workers")
 #: Data points along a panel.
 POINTS = 240
-PAGE = """<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="{styles}"><style>body {{ margin: 0 }}</style><div id="root"></div>
+PAGE = """<!doctype html><meta charset="utf-8"><link rel="stylesheet" href="{styles}">
+<style>body {{ margin: 0 }}</style><div id="root"></div>
 <script>window.shown = {shown}</script><script src="{script}"></script>"""
 
 
