@@ -75,6 +75,7 @@ def photograph(browser: str, page: Path, to: Path, height: int) -> None:
     """Draws a page and keeps its picture."""
     command = [browser, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
     command += [f"--user-data-dir={page.parent / 'profile'}", f"--window-size=1600,{height}", f"--screenshot={to}", page.as_uri()]
+    to.unlink(missing_ok=True)
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=180)
     if not to.exists():
         sys.exit(f"{browser} made no picture of {page.name}:\n{done.stderr}")

@@ -169,8 +169,9 @@ def table(task: str, results: list[dict[str, Any]]) -> str:
     for result in results:
         by_rate[result["name"], result["lr"]].append(result)
     best: dict[str, list[dict[str, Any]]] = {}
+    # A rate that has had more seeds is the one that was chosen for them: means over different seeds cannot be compared.
     for (name, _), alike in by_rate.items():
-        if name not in best or loss_of(alike) < loss_of(best[name]):
+        if name not in best or (-len(alike), loss_of(alike)) < (-len(best[name]), loss_of(best[name])):
             best[name] = alike
     measures = list(results[0]["validation"])
     dense = best.get(WAYS[0].name)

@@ -43,11 +43,18 @@ fn read<'a, T: Deserialize<'a>>(json: &'a str) -> PyResult<T> {
     let mut json = serde_json::Deserializer::from_str(json);
     serde_path_to_error::deserialize(&mut json).map_err(|error| {
         let path = error.path().to_string();
-        let setting = path.strip_prefix("algorithm.").unwrap_or(&path);
+        let inner = ["algorithm.", "peers."];
+        let setting = inner.iter().find_map(|of| path.strip_prefix(of));
+        let setting = setting.unwrap_or(&path);
         let said = error.inner().to_string();
         // Where it stands in the text is of no use to who did not write it.
         let said = said.split(" at line ").next().unwrap_or(&said);
-        super::errors::config(format!("{setting}: {said}"))
+        let text = match setting {
+            // Of no single one.
+            "." | "algorithm" => said.to_owned(),
+            _ => format!("{setting}: {said}"),
+        };
+        super::errors::config(text)
     })
 }
 

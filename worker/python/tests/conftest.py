@@ -77,12 +77,15 @@ def shards(tmp_path: Path) -> Iterator[Callable[..., Shards]]:
 
 
 #: Seconds that a task of a few seconds gets; some compile, and the machine may be busy.
-_PATIENCE = 180.0
+_PATIENCE = 240.0
 
 
 def _serve(tasks: Any, results: Any, stacks: str) -> None:
     """A worker process: one task after the other, each in a job of its own. SIGUSR1 writes where it is into ``stacks``."""
-    faulthandler.register(signal.SIGUSR1, file=open(stacks, "w"), all_threads=True)  # noqa: SIM115 - for the process's life
+    # For the process's life, under its name once the signal is known: until then it would end the process.
+    place = open(f"{stacks}.new", "w")  # noqa: SIM115
+    faulthandler.register(signal.SIGUSR1, file=place, all_threads=True)
+    Path(place.name).rename(stacks)
     torch.set_num_threads(1)
     while (task := tasks.get()) is not None:
         rank, environment, function, arguments = task
@@ -112,7 +115,7 @@ class Workers:
     def run(self, job: Shards, workers: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
         """Runs ``function(rank, *arguments)`` in as many processes; what they returned, by rank."""
         while len(self.processes) < workers:
-            tasks, stacks = self.context.Queue(), Path(self.stacks.name) / str(len(self.processes))
+            tasks, stacks = self.context.Queue(), Path(self.stacks.name) / f"worker-{len(self.processes)}"
             process = self.context.Process(target=_serve, args=(tasks, self.results, str(stacks)), daemon=True)
             process.start()
             self.processes.append((process, tasks, stacks))
@@ -156,10 +159,12 @@ class Workers:
 
     def _where(self, workers: int) -> str:
         """The stacks of the workers' threads."""
-        for process, _, _ in self.processes[:workers]:
+        ready = [(process, stacks) for process, _, stacks in self.processes[:workers] if stacks.exists()]
+        for process, _ in ready:
             os.kill(process.pid, signal.SIGUSR1)
         time.sleep(1)
-        return "\n".join(f"worker {rank}:\n{stacks.read_text()}" for rank, (_, _, stacks) in enumerate(self.processes[:workers]))
+        told = [f"{stacks.name}:\n{stacks.read_text()}" for _, stacks in ready]
+        return "\n".join([*told, f"{workers - len(ready)} have not even begun"])
 
     def stop(self) -> None:
         for process, _, _ in self.processes:
