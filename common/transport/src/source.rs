@@ -33,25 +33,23 @@ impl IdentitySource {
         Ok(Self::Files(Arc::new(files)))
     }
 
-    /// The identity that the files hold by two looks of this method that saw the same: for who watches it and connects to nobody.
-    #[must_use]
-    pub fn settled(&self) -> Identity {
-        match self {
-            Self::Fixed(identity) => identity.clone(),
-            Self::Files(files) => match files.look_patiently() {
-                Look::Taken(identity) => identity,
-                Look::Same | Look::Kept(_) => files.seen().current.clone(),
-            },
-        }
-    }
-
     /// The newest identity for a connection that begins now. Files that do not fit are logged, once, and the identity
     /// before them is given.
     #[must_use]
     pub fn current(&self) -> Identity {
+        self.after(IdentityFiles::look)
+    }
+
+    /// The identity that the files hold by two looks of this method that saw the same: for who watches it and connects to nobody.
+    #[must_use]
+    pub fn settled(&self) -> Identity {
+        self.after(IdentityFiles::look_patiently)
+    }
+
+    fn after(&self, look: fn(&IdentityFiles) -> Look) -> Identity {
         match self {
             Self::Fixed(identity) => identity.clone(),
-            Self::Files(files) => match files.look() {
+            Self::Files(files) => match look(files) {
                 Look::Taken(identity) => identity,
                 Look::Same | Look::Kept(_) => files.seen().current.clone(),
             },
