@@ -31,6 +31,7 @@ pub(crate) enum Fault {
     Remove,
     CutLink,
     CutShard,
+    Upgrade,
 }
 
 /// One turn of all faults, of which some come more than once.
@@ -71,6 +72,7 @@ impl Fault {
             Self::Remove => "a worker leaves",
             Self::CutLink => "a worker cut off from one shard for 8 s (of the others)",
             Self::CutShard => "a shard cut off from everybody for 8 s (less these)",
+            Self::Upgrade => "a shard is replaced (SIGTERM, then started again 0.2 s later)",
         }
     }
 }
@@ -89,6 +91,8 @@ pub(crate) struct Chaos {
     rng: ChaCha8Rng,
     deck: Vec<Fault>,
     cuts: bool,
+    /// Shards that were replaced.
+    upgraded: usize,
     pub(crate) wanted: usize,
     pub(crate) kills: usize,
     /// Seconds for which steps stalled.
@@ -103,6 +107,7 @@ impl Chaos {
             rng: ChaCha8Rng::seed_from_u64(seed),
             deck: Vec::new(),
             cuts,
+            upgraded: 0,
             wanted: kills,
             kills: 0,
             stalls: BTreeMap::new(),
@@ -125,6 +130,12 @@ impl Chaos {
             self.inflict(fault, job, lab)?;
         }
         Ok(())
+    }
+
+    /// Replaces all shards, one after the other, each once all take part again: what a rolling upgrade does.
+    pub(crate) fn upgrade(&mut self, job: &mut Job<'_>, lab: &Lab) -> Result<(), AnyError> {
+        job.await_all(Instant::now(), 20, HEALS_WITHIN)?;
+        (0..job.shards()).try_for_each(|_| self.inflict(Fault::Upgrade, job, lab))
     }
 
     /// Makes the pool as large as it was at the start, so that what follows is the work of as many workers.
@@ -263,6 +274,12 @@ impl Chaos {
                 lab.mend()?;
                 vec![worker]
             }
+            Fault::Upgrade => {
+                let next = self.upgraded % job.shards();
+                self.upgraded += 1;
+                job.replace(next);
+                vec![next]
+            }
             Fault::CutShard => {
                 workers
                     .iter()
@@ -307,7 +324,9 @@ impl Chaos {
                 job.describe()
             );
         }
-        let restarted = blow.targets.iter().filter(|target| **target < job.shards());
+        // The whole price of an upgrade is of interest, and it begins with a shard's goodbye.
+        let excuses = |target: &&usize| **target < job.shards() && fault != Fault::Upgrade;
+        let restarted = blow.targets.iter().filter(excuses);
         let down = restarted.map(|shard| job.downtime(*shard)).max();
         let excused = down.unwrap_or(blow.excused);
         let survivors = job

@@ -353,13 +353,22 @@ impl<'a> Job<'a> {
 
     /// SIGKILL to a process, which is started again a little later. Whether it ran.
     pub(crate) fn kill(&mut self, index: usize) -> bool {
+        self.end(index, Signal::KILL)
+    }
+
+    /// SIGTERM to a process, which says goodbye and is started again a little later. Whether it ran.
+    pub(crate) fn replace(&mut self, index: usize) -> bool {
+        self.end(index, Signal::TERM)
+    }
+
+    fn end(&mut self, index: usize, signal: Signal) -> bool {
         let slot = &mut self.slots[index];
         if slot.killed || slot.ended {
             return false;
         }
         (slot.killed, slot.ready_at) = (true, None);
         slot.killed_at = Some(Instant::now());
-        self.signal(index, Signal::KILL);
+        self.signal(index, signal);
         true
     }
 

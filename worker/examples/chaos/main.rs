@@ -34,6 +34,9 @@ struct Cli {
     /// Processes to kill with SIGKILL, beside which all other faults happen.
     #[arg(long, default_value_t = 20)]
     kills: usize,
+    /// Rolling upgrades before that: each shard in turn is asked to end, and started again.
+    #[arg(long, default_value_t = 1)]
+    upgrades: u16,
     /// Workers at the start.
     #[arg(long, default_value_t = 4, value_parser = clap::value_parser!(u16).range(2..=64))]
     workers: u16,
@@ -116,6 +119,7 @@ fn run(cli: &Cli) -> Result<bool, AnyError> {
     let limit = Duration::from_secs(cli.limit_seconds);
     let mut job = Job::start(&settings, &lab, Instant::now() + limit, Arc::clone(&stop))?;
     let mut chaos = Chaos::new(cli.seed, cli.kills, lab.can_cut());
+    (0..cli.upgrades).try_for_each(|_| chaos.upgrade(&mut job, &lab))?;
     let last = Instant::now() + Duration::from_secs(cli.fault_seconds);
     match cli.every {
         None => chaos.run(&mut job, &lab, last)?,
