@@ -17,6 +17,8 @@ TOOLS      := $(abspath $(TARGET_DIR))/tools
 DENY_VERSION := 0.20.2
 DENY       := $(TOOLS)/bin/cargo-deny
 VENV       := .venv
+# Of the Python package's native half. Tests share dependencies with cargo's; benchmarks of time take release.
+PROFILE    := dev
 WHEELS     := $(abspath $(TARGET_DIR))/wheels
 K8S_VENV   := $(TOOLS)/k8s-venv
 DASH       := $(TOOLS)/dashboards
@@ -88,7 +90,7 @@ $(VENV)/.ready: worker/python/requirements.txt
 python: $(VENV)/.ready ## build the Python package arc_topk and install it into .venv
 	rm -rf '$(WHEELS)'
 	@echo 'python: building the package arc_topk; the first time takes some minutes'
-	'$(VENV)/bin/maturin' build --quiet --locked --profile dev --interpreter '$(VENV)/bin/python' \
+	'$(VENV)/bin/maturin' build --quiet --locked --profile '$(PROFILE)' --interpreter '$(VENV)/bin/python' \
 	  --manifest-path worker/python/Cargo.toml --out '$(WHEELS)'
 	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --no-deps --force-reinstall '$(WHEELS)'/arc_topk-*.whl
 
@@ -218,11 +220,20 @@ bench-compare: python ## losses and bytes in PyTorch beside all-reduce, the bf16
 	@$(PYTHON) worker/data/fetch.py shakespeare reviews minilm
 	'$(VENV)/bin/python' worker/python/bench/compare.py $(ARGS)
 
+.PHONY: bench-links
+bench-links: PROFILE := release
+bench-links: python ## step times over links of a rate, beside gloo, bf16 and PowerSGD (root; iproute2, nftables; an hour, goes on where it stopped)
+	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement worker/python/bench/requirements.txt
+	$(CARGO) build --locked --release -p arc-topk-ps --bin arc-ps
+	'$(VENV)/bin/python' worker/python/bench/links.py --programs '$(abspath $(TARGET_DIR))/release' $(ARGS)
+
 .PHONY: bench-overhead
+bench-overhead: PROFILE := release
 bench-overhead: python ## what averaging costs a PyTorch worker in time and memory, beside gloo
 	'$(VENV)/bin/python' worker/python/bench/overhead.py $(ARGS)
 
 .PHONY: bench-optimizer
+bench-optimizer: PROFILE := release
 bench-optimizer: python ## catch-up AdamW beside PyTorch's
 	'$(VENV)/bin/python' worker/python/bench/optimizer.py $(ARGS)
 

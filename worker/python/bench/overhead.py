@@ -31,31 +31,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shapes import SideBySide
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
 
 MEGABYTE = 1e6
-
-
-class SideBySide(nn.Module):
-    """Linear layers of the shapes of a LLaMA, and its norms; backward costs little more than writing the gradients."""
-
-    def __init__(self, hidden: int, intermediate: int, layers: int, vocabulary: int) -> None:
-        super().__init__()
-        block = [(hidden, hidden)] * 4 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
-        shapes = [(vocabulary, hidden), *block * layers, (vocabulary, hidden)]
-        self.parts = nn.ModuleList([nn.Linear(inputs, outputs, bias=False) for outputs, inputs in shapes])
-        self.norms = nn.ParameterList([nn.Parameter(torch.ones(hidden)) for _ in range(2 * layers + 1)])
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        loss = x.new_zeros(())
-        for part in self.parts:
-            loss = loss + part(x[:, : part.in_features]).square().mean()
-        for norm in self.norms:
-            loss = loss + (x[:, : len(norm)] * norm).square().mean()
-        return loss
 
 
 class Times:
@@ -140,8 +122,7 @@ def worker(method: str, args: argparse.Namespace) -> dict[str, Any]:
     if dist.is_initialized():
         dist.destroy_process_group()
     medians = {field.name: statistics.median(getattr(step, field.name) for step in steps) for field in dataclasses.fields(Step)}
-    gradient = sum(4 * parameter.numel() for parameter in model.parameters())
-    return {**medians, "peak": peak, "gradient": gradient}
+    return {**medians, "peak": peak, "gradient": model.gradient_bytes}
 
 
 def averaged(model: nn.Module, method: str) -> tuple[nn.Module, Any, Watched | None]:
