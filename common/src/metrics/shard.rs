@@ -176,6 +176,10 @@ impl ShardMetrics {
             ),
             registry: r.0,
         };
+        // A counter that appears with its first event has not grown, as Prometheus sees it.
+        for code in crate::wire::RefusalCode::ALL {
+            drop(metrics.refusals.with_label_values(&[code.label()]));
+        }
         RoundOutcome::ALL
             .iter()
             .for_each(|outcome| drop(metrics.rounds.with_label_values(&[outcome.label()])));
@@ -249,6 +253,15 @@ impl ShardMetrics {
         self.members.set(i64::from(members));
         self.world.set(i64::from(world));
         self.epoch.set(i64::from(epoch));
+    }
+
+    /// A job starts with the ranks below `world`, of which nothing has been counted yet.
+    pub fn expect_ranks(&self, world: u16) {
+        for rank in 0..world {
+            let label = peer_label(rank);
+            drop(self.late_contributions.with_label_values(&[&label]));
+            drop(self.straggler_wait_seconds.with_label_values(&[&label]));
+        }
     }
 
     /// How many shards the job has.

@@ -92,6 +92,23 @@ fn connection_counters_take_the_growth() {
 }
 
 #[test]
+fn what_has_not_happened_yet_is_counted_as_nothing() {
+    let (shard, worker) = (ShardMetrics::new(), WorkerMetrics::new());
+    shard.expect_ranks(2);
+    worker.expect_shards(2);
+    let text = shard.text() + &worker.text();
+    for line in [
+        "arc_refusals_total{code=\"plan\"} 0\n",
+        "arc_late_contributions_total{rank=\"1\"} 0\n",
+        "arc_straggler_wait_seconds_total{rank=\"0\"} 0\n",
+        "arc_reconnects_total{shard=\"1\"} 0\n",
+        "arc_shard_away_seconds_total{shard=\"0\"} 0\n",
+    ] {
+        assert!(text.contains(line), "{line}");
+    }
+}
+
+#[test]
 fn labels_are_bounded() {
     let metrics = ShardMetrics::new();
     (0..u16::MAX).step_by(7).for_each(|rank| {

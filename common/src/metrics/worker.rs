@@ -171,6 +171,15 @@ impl WorkerMetrics {
         metrics
     }
 
+    /// The job has so many shards, of whose connections none has been lost yet.
+    pub fn expect_shards(&self, shards: u16) {
+        for shard in 0..shards {
+            let label = peer_label(shard);
+            drop(self.reconnects.with_label_values(&[&label]));
+            drop(self.away_seconds.with_label_values(&[&label]));
+        }
+    }
+
     /// The certificate that new connections show ends at this Unix time, seconds.
     pub fn set_certificate_expiry(&self, timestamp: u64) {
         self.certificate_expiry

@@ -63,6 +63,7 @@ pub(super) fn observation(hub: &Hub, observation: &Observation) {
             tracing::info!(host, rank = rank.map(|r| r.0), joined, "a worker joined");
         }
         Observation::Started { epoch, world, step } => {
+            hub.metrics.expect_ranks(*world);
             tracing::info!(%epoch, world, %step, "all workers are here: the job starts");
         }
         Observation::Left { rank, remaining } => {

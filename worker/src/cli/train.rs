@@ -88,6 +88,7 @@ pub(super) fn run(command: &TrainCommand) -> Result<(), CliError> {
         tensors,
     };
     let metrics = Arc::new(WorkerMetrics::new());
+    metrics.expect_shards(shards);
     let pages = Arc::new(Pages::new(Arc::clone(&metrics)));
     if let Some(address) = command.peers.admin.0 {
         let bound = metered::serve(address, Arc::clone(&pages))?;
@@ -230,6 +231,7 @@ impl TrainCommand {
         if session.needs_snapshot().is_some() {
             metrics.joined_running_job();
         }
+        set_members(&metrics, &session.members());
         let mut reducer: Box<dyn Reducer> = Box::new(MeteredReducer::new(session, metrics));
         watch.joined(reducer.rank());
         let mut config = config.clone();
@@ -314,10 +316,14 @@ fn own_directory(template: Option<&Path>, rank: Rank) -> Option<PathBuf> {
     })
 }
 
+fn set_members(metrics: &WorkerMetrics, members: &[Rank]) {
+    metrics.set_members(u16::try_from(members.len()).unwrap_or(u16::MAX));
+}
+
 fn note_event(event: &NetEvent, metrics: &WorkerMetrics) {
     match event {
         NetEvent::Membership { members, .. } => {
-            metrics.set_members(u16::try_from(members.len()).unwrap_or(u16::MAX));
+            set_members(metrics, members);
         }
         NetEvent::ShardBack { shard, after } => {
             metrics.reconnected(shard.0, after.as_secs_f64());
