@@ -126,7 +126,7 @@ const stragglers: Section = {
     series({
       title: 'Waiting for one worker, by rank',
       description:
-        'Share of the rounds\' time in which only this worker was missing, on the shard where it is most. One rank on top for long is a straggler: its device is slower or shared, its link worse. Changing ranks are noise.',
+        'Share of the rounds\' time in which only this worker was missing, on the shard where it is most. One rank on top for long is a straggler: its device is slower or shared, its link worse. Changing ranks are noise, and so is most of very short rounds: the alert also asks for a tenth of the steps\' time.',
       unit: 'percentunit',
       min: 0,
       limits: { warning: 0.5 },

@@ -46,6 +46,11 @@ def slow_down(job: Job) -> None:
 
 def disturb(job: Job) -> None:
     """All that a job may suffer, once."""
+    # Before anything changes they know of each other, and of nothing that happened.
+    for name in ("worker-0", "worker-1", "worker-2"):
+        assert job.value(name, "arc_members") == 3
+        assert 'arc_reconnects_total{shard="1"} 0\n' in job.metrics(name)
+    assert 'arc_late_contributions_total{rank="1"} ' in job.metrics("shard-0")
     job.certs("--renew", "--days", "30")
     job.signal("shard-0", signal.SIGHUP)
     slow_down(job)
