@@ -26,8 +26,9 @@ LABEL org.opencontainers.image.title="arc-worker-torch" \
       org.opencontainers.image.description="PyTorch with the package arc-topk" \
       org.opencontainers.image.source="https://github.com/arc-topk/arc-topk" \
       org.opencontainers.image.licenses="Apache-2.0"
+# PyTorch asks for the user's name, and this one has none in the image.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility \
-    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp
+    PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HOME=/tmp USER=arc LOGNAME=arc
 COPY --from=build /wheels/ /usr/share/arc-topk/
 RUN pip install --no-cache-dir --index-url "$INDEX" "torch==$TORCH" \
     && pip install --no-cache-dir numpy /usr/share/arc-topk/*.whl

@@ -75,11 +75,15 @@ def binaries(profile: str) -> None:
     """Static programs and their bills of materials, in target/image."""
     told = run("rustc", "-vV", quiet=True)
     host = next(line.removeprefix("host: ") for line in told.splitlines() if line.startswith("host: "))
-    os.environ["RUSTFLAGS"] = "-C target-feature=+crt-static -C strip=symbols"
+    crates = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
+    remapped = f"--remap-path-prefix={REPOSITORY}=. --remap-path-prefix={crates}=cargo"
+    os.environ["RUSTFLAGS"] = f"-C target-feature=+crt-static -C strip=symbols {remapped}"
     run("cargo", "build", "--quiet", "--locked", "--profile", profile, "--target", host, "--bins", "-p", "arc-topk-ps", "-p", "arc-topk-worker")
     IMAGE.mkdir(parents=True, exist_ok=True)
     folder = REPOSITORY / "target" / host / ("debug" if profile == "dev" else profile)
     for program, package in zip(PROGRAMS, ("arc-topk-ps", "arc-topk-worker"), strict=True):
+        if str(crates).encode() in (folder / program).read_bytes():
+            raise Failed(f"{program} holds paths of this machine, so that it is another one elsewhere")
         shutil.copy2(folder / program, IMAGE / program)
         bill = run(sys.executable, "k8s/images/sbom.py", package, quiet=True)
         (IMAGE / f"{program}.cdx.json").write_text(bill + "\n")

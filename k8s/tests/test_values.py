@@ -78,6 +78,7 @@ WRONG = [
     'shards={"snapshots": {"persistence": {"size": "10 GB"}}}',
     'shards={"livenessProbe": {"httpget": {}}}',
     'shards={"antiAffinity": "softer"}',
+    'shards={"listenAddress": "::"}',
     'certificates={"provider": "vault"}',
     'certificates={"chart": {"authorityRotation": "begin"}}',
     'metrics={"serviceMonitor": {"relabelings": [{"source_labels": []}]}}',
@@ -107,6 +108,11 @@ IMPOSSIBLE = {
     'workerPools={"a": {"volumeClaimTemplates": [{}]}}': "kind StatefulSet",
     'workerPools={"a": {"torchDistributed": {"enabled": true}}, "b": {}}': "no other pool",
     'workerPools={"a": {"podDisruptionBudget": {"enabled": true, "maxUnavailable": 1}}}': "minAvailable alone",
+    'workerPools={"a": {"podDisruptionBudget": {"enabled": true, "minAvailable": "50%"}}}': "as a number",
+    'workerPools={"a": {"replicas": 3, "podDisruptionBudget": {"enabled": true, "minAvailable": 3}}}': "no node could",
+    'workerPools={"shard": {"kind": "StatefulSet"}}': "objects of the shards",
+    'workerPools={"shards": {}}': "objects of the shards",
+    'shards={"external": {"enabled": true, "type": "NodePort", "trafficPolicy": "Cluster", "sourceRanges": ["10.0.0.0/8"]}}': "Local",
     'job={"minWorkers": 3}': "more than the 1 workers",
     'job={"quorum": 3}': "more than the most workers",
     'job={"workers": 4, "maxWorkers": 3}': "fewer than the 4 workers",
@@ -217,7 +223,77 @@ def test_a_script_of_ones_own_gets_no_settings_of_the_trainer() -> None:
     for name, _, spec in pods(objects("two-pools-spot")):
         for container in containers(spec):
             if container["name"] == "worker":
-                assert set(environment(container)) == {"ARC_CERTS", "ARC_JOB", "ARC_SHARD_ADDRESSES"}, name
+                told = environment(container)
+                assert {key for key in told if key.startswith("ARC_")} == {"ARC_CERTS", "ARC_JOB", "ARC_SHARD_ADDRESSES"}, name
+                # PyTorch asks for it, and user 65532 has no entry in most images.
+                assert told["USER"] == told["LOGNAME"] == "arc"
+
+
+def test_a_setting_of_nothing_is_no_setting() -> None:
+    found = objects("laptop", 'job={"trainer": {"snapshot_every": null, "steps": 7}}')
+    told = environment(one(found, "Job")["spec"]["template"]["spec"]["containers"][0])
+    assert "ARC_SNAPSHOT_EVERY" not in told and told["ARC_STEPS"] == "7"
+
+
+@pytest.mark.parametrize(("release", "name"), [("my.rel", "my-rel-arc-topk"), ("1job", "arc-1job-arc-topk")])
+def test_names_of_services_begin_with_a_letter_and_have_no_dots(release: str, name: str) -> None:
+    assert one(objects(None, release=release), "StatefulSet")["metadata"]["name"] == f"{name}-shard"
+
+
+def test_a_job_is_done_early_only_where_that_is_asked_for() -> None:
+    pool = {"minReplicas": 2, "maxReplicas": 4}
+    plain, early = (
+        one(objects(None, f"workerPools={json.dumps({'a': pool | {'job': job}})}"), "Job")["spec"]
+        for job in ({}, {"succeedWithMinReplicas": True})
+    )
+    assert "successPolicy" not in plain and early["successPolicy"] == {"rules": [{"succeededCount": 2}]}
+
+
+@pytest.mark.parametrize(("pool", "least"), [({"replicas": 4}, 3), ({"replicas": 1}, 1), ({"minReplicas": 2, "maxReplicas": 5}, 2)])
+def test_a_pools_budget_lets_nodes_be_drained(pool: dict[str, int], least: int) -> None:
+    pools = {"a": pool | {"podDisruptionBudget": {"enabled": True}}}
+    assert one(objects(None, f"workerPools={json.dumps(pools)}"), "PodDisruptionBudget", "demo-arc-topk-a")["spec"]["minAvailable"] == least
+
+
+def who_dials(*sets: str) -> Any:
+    """Whom the shards' policy lets dial them; ``None``: everybody."""
+    policy = one(objects(None, *sets), "NetworkPolicy", "demo-arc-topk-shard")
+    return policy["spec"]["ingress"][0].get("from")
+
+
+def test_shards_are_open_to_whom_selectors_and_ranges_cannot_name() -> None:
+    assert [list(each) for each in who_dials('workerPools={"a": {}}')] == [["podSelector"]]
+    ranges = '"enabled": true, "sourceRanges": ["203.0.113.0/24"]'
+    assert who_dials(f'shards={{"external": {{{ranges}}}}}')[1:] == [{"ipBlock": {"cidr": "203.0.113.0/24"}}]
+    assert who_dials(f'shards={{"external": {{{ranges}, "trafficPolicy": "Cluster"}}}}') is None
+    assert who_dials('shards={"external": {"enabled": true}}') is None
+    assert who_dials('workerPools={"a": {"hostNetwork": true}}') is None
+    found = objects(None, 'shards={"hostNetwork": true}', 'workerPools={"a": {}}')
+    dialled = one(found, "NetworkPolicy", "demo-arc-topk-worker")["spec"]["egress"][1]
+    assert dialled == {"ports": [{"port": 7400, "protocol": "UDP"}]}
+
+
+def test_cert_managers_keys_are_as_they_are_asked_for() -> None:
+    found = objects(None, 'certificates={"provider": "certManager", "certManager": {"privateKey": {"rotationPolicy": "Never"}}}')
+    keys = [each["spec"]["privateKey"] for each in of_kind(found, "Certificate") if not each["spec"].get("isCA")]
+    assert [key["rotationPolicy"] for key in keys] == ["Never", "Never"]
+
+
+def notes(*sets: str) -> str:
+    """What an installation says."""
+    with Cluster() as cluster:
+        more = [word for each in sets for word in ("--set-json", each)]
+        done = cluster.helm("helm3", "install", "demo", str(CHART), "--dry-run=server", *more)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.partition("NOTES:")[2]
+
+
+def test_notes_say_where_shards_are_from_outside() -> None:
+    hosts = '"enabled": true, "hosts": ["ps0.example.org", "2001:db8::1"]'
+    assert "ps0.example.org:7400\n  [2001:db8::1]:7400\n" in notes(f'shards={{"external": {{{hosts}}}}}')
+    said = notes(f'shards={{"external": {{{hosts}, "type": "NodePort", "nodePorts": [30740, 30741]}}}}')
+    assert "ps0.example.org:30740\n  [2001:db8::1]:30741\n" in said
+    assert "ps0.example.org:NODEPORT" in notes(f'shards={{"external": {{{hosts}, "type": "NodePort"}}}}')
 
 
 @pytest.mark.parametrize("which", HELMS)

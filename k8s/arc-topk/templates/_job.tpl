@@ -114,6 +114,11 @@
 {{- end }}
 {{- end }}
 {{- end }}
+{{- with .Values.shards.external }}
+{{- if and .enabled .sourceRanges (eq .type "NodePort") (eq .trafficPolicy "Cluster") }}
+{{- fail "shards.external.sourceRanges need trafficPolicy Local with node ports: with Cluster shards see a node's address instead" }}
+{{- end }}
+{{- end }}
 {{- range $name, $pool := $pools }}
 {{- include "arc-topk.checkPool" (dict "name" $name "pool" $pool "pools" $pools) }}
 {{- end }}
@@ -133,8 +138,18 @@
 {{- fail (printf "workerPools.%s: torchDistributed needs kind Job, a fixed number of replicas, one worker in each pod, and no other pool" $name) }}
 {{- end }}
 {{- end }}
-{{- if and .podDisruptionBudget.enabled (eq .kind "Job") (not (kindIs "invalid" .podDisruptionBudget.maxUnavailable)) }}
-{{- fail (printf "workerPools.%s: the disruption budget of a Job takes minAvailable alone" $name) }}
+{{- with .podDisruptionBudget }}
+{{- if .enabled }}
+{{- if and (eq $.pool.kind "Job") (or (not (kindIs "invalid" .maxUnavailable)) (kindIs "string" .minAvailable)) }}
+{{- fail (printf "workerPools.%s: the disruption budget of a Job takes minAvailable alone, as a number" $name) }}
+{{- end }}
+{{- if and (kindIs "float64" .minAvailable) (ge (int .minAvailable) (int $.pool.most)) }}
+{{- fail (printf "workerPools.%s: podDisruptionBudget.minAvailable is %d of %d pods: no node could ever be drained" $name (int .minAvailable) (int $.pool.most)) }}
+{{- end }}
+{{- end }}
+{{- end }}
+{{- if regexMatch "^shards?(-[0-9]+)?$" $name }}
+{{- fail (printf "workerPools.%s: objects of the shards have that name; give the pool another one" $name) }}
 {{- end }}
 {{- end }}
 {{- end }}

@@ -12,6 +12,8 @@ shortened to something that no other release has.
 {{- if not $name }}
 {{- $chart := default .Chart.Name .Values.nameOverride }}
 {{- $name = contains $chart .Release.Name | ternary .Release.Name (printf "%s-%s" .Release.Name $chart) }}
+{{- /* A release may be called 1.x, a service may not. */}}
+{{- $name = regexReplaceAll "^([^a-z])" (replace "." "-" $name) "arc-${1}" }}
 {{- end }}
 {{- if gt (len $name) 32 }}
 {{- $name = printf "%s-%s" (trunc 23 $name | trimSuffix "-") (sha256sum $name | trunc 8) }}

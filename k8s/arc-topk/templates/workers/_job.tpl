@@ -31,7 +31,7 @@ podFailurePolicy:
         values:
           {{- toYaml . | nindent 10 }}
     {{- end }}
-{{- if and (lt $pool.start $pool.most) (semverCompare ">=1.31.0-0" .root.Capabilities.KubeVersion.Version) }}
+{{- if and $pool.job.succeedWithMinReplicas (lt $pool.start $pool.most) (semverCompare ">=1.31.0-0" .root.Capabilities.KubeVersion.Version) }}
 # When those that training cannot do without are done, it is done, and pods that still wait for a node are not wanted.
 successPolicy:
   rules:

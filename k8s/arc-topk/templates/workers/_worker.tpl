@@ -28,9 +28,15 @@ Everything here takes (dict "root" $ "name" pool's name "pool" its merged settin
 {{- $_ := set $settings "ARC_LOG" $job.log }}
 {{- range list $job.connection $job.algorithm $job.trainer .pool.trainer }}
 {{- range $key, $value := . }}
+{{- if not (kindIs "invalid" $value) }}
 {{- $_ := set $settings (printf "ARC_%s" (upper $key)) $value }}
 {{- end }}
 {{- end }}
+{{- end }}
+{{- else }}
+{{- /* PyTorch asks for the user's name, and the image's user may have none. */}}
+{{- $_ := set $settings "USER" "arc" }}
+{{- $_ := set $settings "LOGNAME" "arc" }}
 {{- end }}
 {{- if .pool.metrics.enabled }}
 {{- $_ := set $settings "ARC_ADMIN" (printf "%s:%d" .root.Values.shards.listenAddress (int .pool.metrics.port)) }}
