@@ -46,6 +46,47 @@ def by_closure(rank: int, kind: str, closures: bool, overflow_at: int | None = N
     return {"values": jobs.values(net), "moved": moved, "losses": losses, "skipped": skipped, "counts": counts}
 
 
+def asked_to_end(rank: int, page: str) -> dict[str, Any]:
+    """Worker 1 gets SIGTERM in its sixth step and leaves; worker 0 trains on alone."""
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    net = jobs.model()
+    optimizer: Any = arc_topk.DistributedOptimizer(
+        torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters(), **jobs.SPARSE
+    )
+    status, sizes = 0, []
+    try:
+        for step in range(12):
+            optimizer.zero_grad()
+            jobs.loss_of(net, rank, step).backward()
+            if rank == 1 and step == 5:
+                os.kill(os.getpid(), signal.SIGTERM)
+            optimizer.step()
+            sizes.append(arc_topk.world_size())
+    except SystemExit as error:
+        status = int(str(error.code))
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    lost = next(line for line in read(page + "metrics").splitlines() if line.startswith("arc_lost_workers_total"))
+    arc_topk.shutdown()
+    return {"status": status, "sizes": sizes, "lost": float(lost.split()[-1])}
+
+
+def has_its_own_handler(_: int) -> bool:
+    """Whether joining leaves a script's handler of SIGTERM alone."""
+
+    def own(*_: object) -> None:
+        pass
+
+    signal.signal(signal.SIGTERM, own)
+    try:
+        net = jobs.model()
+        arc_topk.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters(), **jobs.SPARSE)
+        return signal.getsignal(signal.SIGTERM) is own
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        arc_topk.shutdown()
+
+
 class Twice(torch.optim.SGD):
     """An optimizer that looks at its gradient twice a step."""
 

@@ -40,6 +40,18 @@ def test_all_skip_a_step_by_closure(shards, workers, kind):
         assert worker["counts"] == ([] if kind == "sgd" else [5.0]), "the optimizer's own count leaves it out"
 
 
+def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(shards, workers):
+    job = shards(2, 2, "--admin=127.0.0.1:0")
+    got = workers.run(job, 2, lifecycle.asked_to_end, job.pages[0])
+    assert (got[1]["status"], len(got[1]["sizes"])) == (143, 5)
+    assert (got[0]["status"], len(got[0]["sizes"]), got[0]["sizes"][-1]) == (0, 12, 1)
+    assert got[0]["lost"] == 0, "it said goodbye"
+
+
+def test_a_handler_of_the_scripts_own_stays(shards, workers):
+    assert workers.run(shards(), 2, lifecycle.has_its_own_handler) == [True, True]
+
+
 def test_an_optimizer_with_many_evaluations_a_step_is_refused(shards, workers):
     assert all("more than once a step" in said for said in workers.run(shards(), 2, lifecycle.twice))
     net = jobs.model()
