@@ -112,7 +112,7 @@ IMPOSSIBLE = {
     'workerPools={"a": {"replicas": 3, "podDisruptionBudget": {"enabled": true, "minAvailable": 3}}}': "no node could",
     'workerPools={"shard": {"kind": "StatefulSet"}}': "objects of the shards",
     'workerPools={"shards": {}}': "objects of the shards",
-    'shards={"external": {"enabled": true, "type": "NodePort", "trafficPolicy": "Cluster", "sourceRanges": ["10.0.0.0/8"]}}': "Local",
+    'shards={"external": {"enabled": true, "type": "NodePort", "trafficPolicy": "Cluster", "sourceRanges": ["::/0"]}}': "Local",
     'job={"minWorkers": 3}': "more than the 1 workers",
     'job={"quorum": 3}': "more than the most workers",
     'job={"workers": 4, "maxWorkers": 3}': "fewer than the 4 workers",
@@ -252,7 +252,8 @@ def test_a_job_is_done_early_only_where_that_is_asked_for() -> None:
 @pytest.mark.parametrize(("pool", "least"), [({"replicas": 4}, 3), ({"replicas": 1}, 1), ({"minReplicas": 2, "maxReplicas": 5}, 2)])
 def test_a_pools_budget_lets_nodes_be_drained(pool: dict[str, int], least: int) -> None:
     pools = {"a": pool | {"podDisruptionBudget": {"enabled": True}}}
-    assert one(objects(None, f"workerPools={json.dumps(pools)}"), "PodDisruptionBudget", "demo-arc-topk-a")["spec"]["minAvailable"] == least
+    budget = one(objects(None, f"workerPools={json.dumps(pools)}"), "PodDisruptionBudget", "demo-arc-topk-a")
+    assert budget["spec"]["minAvailable"] == least
 
 
 def who_dials(*sets: str) -> Any:

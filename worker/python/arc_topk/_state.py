@@ -17,6 +17,8 @@ from .config import Config, Peers
 
 _peers: Peers | None = None
 _exchange: Exchange | None = None
+# The handler of SIGTERM that stands while there is an exchange.
+_end: Any | None = None
 
 
 def init(
@@ -83,6 +85,8 @@ def _leave_when_asked_to_end() -> None:
         signal.signal(number, signal.SIG_DFL)
         os.kill(os.getpid(), number)
 
+    global _end
+    _end = end
     signal.signal(signal.SIGTERM, end)
 
 
@@ -109,6 +113,8 @@ def shutdown() -> None:
     if _exchange is not None:
         _exchange.leave()
         _exchange = None
+    if _end is not None and threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is _end:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 atexit.register(shutdown)

@@ -136,7 +136,8 @@ def test_joining_again_pauses_ever_longer_and_ends(monkeypatch):
 
 def test_a_worker_joins_local_steps_that_run(shards, workers, tmp_path):
     got = workers.run(shards(2, 2, "--max-workers=3"), 3, lifecycle.local_rounds, 40, str(tmp_path / "under-way"), False)
-    assert got[0]["first"] == got[1]["first"] == 0 and 5 <= got[2]["first"] <= 11
+    # It is a member before it has caught up, and nobody waits for it meanwhile.
+    assert got[0]["first"] == got[1]["first"] == 0 and 5 <= got[2]["first"] < 40
     assert got[0]["counts"] == [] and got[2]["counts"][0] >= 20, "with the inner optimizer's state of another"
     for other in got[1:]:
         assert same(got[0]["values"], other["values"])
