@@ -51,6 +51,7 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 	  $(MAKE) --no-print-directory fmt-check clippy unit-build; \
 	  wait "$$fetching"
 	@$(MAKE) --no-print-directory --jobs=2 unit docs deny kernels-check python-lint python
+	@$(PYTHON) k8s/images/check.py --tested --where-possible
 	@$(MAKE) --no-print-directory --jobs=2 pytest k8s-test
 	@if command -v apt-get > /dev/null; then $(MAKE) --no-print-directory dashboards-test; \
 	  else echo 'make test: NOT TESTED: dashboards, which want Debian 12 (its Prometheus is fetched with apt-get)'; fi

@@ -5,6 +5,8 @@
 # Without a base image at hand, build the binary outside (README.md beside this file) and take the stage `prebuilt`, which needs none:
 #
 #   buildah build -f k8s/images/arc-ps.Dockerfile --target prebuilt -t arc-topk/arc-ps:0.1.0 .
+# What a binary that was built outside stands on: nothing, if it is static.
+ARG BASE=scratch
 ARG RUST=docker.io/library/rust:1.95.0-bookworm
 
 FROM ${RUST} AS build
@@ -19,7 +21,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cp "target/$host/release/arc-ps" /root-of-image/arc-ps \
     && python3 k8s/images/sbom.py arc-topk-ps > /root-of-image/sbom.cdx.json
 
-FROM scratch AS prebuilt
+FROM ${BASE} AS prebuilt
 COPY --chmod=0555 target/image/arc-ps /arc-ps
 COPY --chmod=0444 target/image/arc-ps.cdx.json /sbom.cdx.json
 USER 65532:65532

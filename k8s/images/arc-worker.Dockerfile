@@ -4,6 +4,8 @@
 #   docker build -f k8s/images/arc-worker.Dockerfile --target cuda -t arc-topk/arc-worker:0.1.0-cuda .     on CUDA's runtime
 #
 # The stage `prebuilt` needs no base image, and a static binary built outside (README.md beside this file).
+# What a binary that was built outside stands on: nothing, if it is static.
+ARG BASE=scratch
 ARG RUST=docker.io/library/rust:1.95.0-bookworm
 ARG DEBIAN=docker.io/library/debian:bookworm-slim
 ARG CUDA=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
@@ -19,7 +21,7 @@ RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,targe
     && cp target/release/arc-worker /root-of-image/usr/local/bin/ \
     && python3 k8s/images/sbom.py arc-topk-worker > /root-of-image/usr/share/sbom/arc-worker.cdx.json
 
-FROM scratch AS prebuilt
+FROM ${BASE} AS prebuilt
 COPY --chmod=0555 target/image/arc-worker /usr/local/bin/arc-worker
 COPY --chmod=0444 target/image/arc-worker.cdx.json /usr/share/sbom/arc-worker.cdx.json
 USER 65532:65532

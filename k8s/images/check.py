@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Builds the images without a daemon or a base image, and trains with them while a shard's container is killed.
 
-    python3 k8s/images/check.py                 builds static binaries (some minutes), images, and runs a cluster
+    python3 k8s/images/check.py                 builds static binaries (ten minutes), images, and runs a cluster
+    python3 k8s/images/check.py --tested        takes the programs that tests use, on an image of their libraries (a minute)
     python3 k8s/images/check.py --keep-images   leaves the images in target/containers
 
 Two shards and three workers run as containers: read-only, without capabilities, as a user that is not root. Once they train, one
-shard's container is killed and started again; training must go on, no comparison of the workers' parameters may find them different,
-and all must end in order. Needs root, and buildah, podman and runc (Debian: apt install buildah podman runc). What it keeps is in
-target alone.
+shard's container is killed and started again; training must go on, no comparison of the workers' parameters may find them
+different, and all must end in order. Needs root, and buildah, podman and runc (Debian: apt install buildah podman runc). What it
+keeps is in target alone.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ IMAGE = REPOSITORY / "target" / "image"
 #: The engine's configuration, images and containers. Not in IMAGE, which is a part of the build's context.
 ENGINE = REPOSITORY / "target" / "containers"
 PROGRAMS = ("arc-ps", "arc-worker")
+PACKAGES = ("arc-topk-ps", "arc-topk-worker")
 TAG = "check"
+LIBRARIES = f"localhost/arc-topk/libraries:{TAG}"
 #: The user of the images.
 USER = 65532
 #: Exit status of a worker that left in order because of a signal.
@@ -71,30 +74,66 @@ def run(*command: str, quiet: bool = False) -> str:
     return done.stdout.strip()
 
 
-def binaries(profile: str) -> None:
-    """Static programs and their bills of materials, in target/image."""
+def tested() -> str:
+    """Takes the programs that tests use, which are not static; an image of the libraries that they are linked to."""
+    run("cargo", "test", "--quiet", "--locked", "--workspace", "--no-run", "--test", "it")
+    libraries: set[str] = set()
+    for program, package in zip(PROGRAMS, PACKAGES, strict=True):
+        binary = Path(os.environ.get("CARGO_TARGET_DIR") or REPOSITORY / "target") / "debug" / program
+        keep(binary, package)
+        libraries |= linked_to(binary)
+    return image_of(libraries)
+
+
+def linked_to(program: Path) -> set[str]:
+    """Shared libraries of a program, the loader among them."""
+    return {word for word in run("ldd", str(program), quiet=True).split() if word.startswith("/")}
+
+
+def image_of(files: set[str]) -> str:
+    """An image of these files at their places."""
+    with tempfile.TemporaryDirectory(prefix="arc-images-") as folder:
+        for file in files:
+            place = Path(folder, file[1:])
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(file, place)
+        (Path(folder) / "Dockerfile").write_text("FROM scratch\nCOPY . /\n")
+        run("buildah", "build", "--quiet", "--tag", LIBRARIES, folder, quiet=True)
+    return LIBRARIES
+
+
+def keep(binary: Path, package: str) -> None:
+    """Puts a program where the Dockerfiles look for it, with its bill of materials."""
+    IMAGE.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(binary, IMAGE / binary.name)
+    (IMAGE / f"{binary.name}.cdx.json").write_text(run(sys.executable, "k8s/images/sbom.py", package, quiet=True) + "\n")
+
+
+def binaries(profile: str) -> str:
+    """Static programs, the same bytes wherever they are built. They need nothing beside them."""
     told = run("rustc", "-vV", quiet=True)
     host = next(line.removeprefix("host: ") for line in told.splitlines() if line.startswith("host: "))
     crates = Path(os.environ.get("CARGO_HOME") or Path.home() / ".cargo")
     remapped = f"--remap-path-prefix={REPOSITORY}=. --remap-path-prefix={crates}=cargo"
     os.environ["RUSTFLAGS"] = f"-C target-feature=+crt-static -C strip=symbols {remapped}"
-    run("cargo", "build", "--quiet", "--locked", "--profile", profile, "--target", host, "--bins", "-p", "arc-topk-ps", "-p", "arc-topk-worker")
-    IMAGE.mkdir(parents=True, exist_ok=True)
+    packages = [word for package in PACKAGES for word in ("-p", package)]
+    run("cargo", "build", "--quiet", "--locked", "--profile", profile, "--target", host, "--bins", *packages)
     folder = REPOSITORY / "target" / host / ("debug" if profile == "dev" else profile)
-    for program, package in zip(PROGRAMS, ("arc-topk-ps", "arc-topk-worker"), strict=True):
+    for program, package in zip(PROGRAMS, PACKAGES, strict=True):
         if str(crates).encode() in (folder / program).read_bytes():
             raise Failed(f"{program} holds paths of this machine, so that it is another one elsewhere")
-        shutil.copy2(folder / program, IMAGE / program)
-        bill = run(sys.executable, "k8s/images/sbom.py", package, quiet=True)
-        (IMAGE / f"{program}.cdx.json").write_text(bill + "\n")
+        keep(folder / program, package)
+    return "scratch"
 
 
-def images() -> None:
+def images(base: str) -> None:
     """Both images, from nothing but those files."""
     for program in PROGRAMS:
         file = f"k8s/images/{program}.Dockerfile"
         tag = f"arc-topk/{program}:{TAG}"
-        run("buildah", "build", "--file", file, "--ignorefile", f"{file}.dockerignore", "--target", "prebuilt", "--tag", tag, ".")
+        on = ("--build-arg", f"BASE={base}")
+        where = ("--file", file, "--ignorefile", f"{file}.dockerignore", "--target", "prebuilt")
+        run("buildah", "build", *where, *on, "--tag", tag, ".")
         size = int(run("podman", "image", "inspect", "--format", "{{.Size}}", tag, quiet=True))
         print(f"{tag}: {size / 1e6:.1f} MB")
 
@@ -217,19 +256,43 @@ def train_through_a_kill() -> None:
     print("images: a job of containers trained on though a shard was killed, and ended in order")
 
 
+def refuse(allowed: bool, reason: str) -> int:
+    """Says why nothing is tested; the exit status."""
+    print(f"images: {'NOT TESTED: ' if allowed else ''}{reason}", file=sys.stderr)
+    return 0 if allowed else 1
+
+
+def why_not() -> str | None:
+    """What keeps containers from running here."""
+    if os.geteuid() != 0:
+        return "the containers' engine is run as root here: sudo make images-test"
+    missing = [program for program in ("buildah", "podman", "runc") if shutil.which(program) is None]
+    if missing:
+        return f"{', '.join(missing)} not found: apt install buildah podman runc"
+    return None
+
+
+def why_not_run() -> str | None:
+    """Why the engine runs not even a program alone, if that is so."""
+    shell = Path("/bin/sh").resolve()
+    try:
+        image = image_of({str(shell), *linked_to(shell)})
+        run("podman", "run", "--rm", "--network=host", "--read-only", image, str(shell), "-c", "true", quiet=True)
+    except Failed as what:
+        return str(what)
+    return None
+
+
 def main() -> int:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--profile", default="release", help="of the binaries: release, or dev, which is sooner there")
+    parser.add_argument("--tested", action="store_true", help="take the programs that tests use, instead")
+    parser.add_argument("--where-possible", action="store_true", help="elsewhere say why not, and that nothing was tested")
     parser.add_argument("--keep-images", action="store_true", help="leave the images in target/containers")
     options = parser.parse_args()
-    missing = [program for program in ("buildah", "podman", "runc") if shutil.which(program) is None]
-    if os.geteuid() != 0:
-        print("images: the containers' engine is run as root here: sudo make images-test", file=sys.stderr)
-        return 1
-    if missing:
-        print(f"images: {', '.join(missing)} not found: apt install buildah podman runc", file=sys.stderr)
-        return 1
+    if reason := why_not():
+        return refuse(options.where_possible, reason)
     ENGINE.mkdir(parents=True, exist_ok=True)
     for name, text, variable in (
         ("containers.conf", CONTAINERS, "CONTAINERS_CONF"),
@@ -238,8 +301,10 @@ def main() -> int:
         (ENGINE / name).write_text(text)
         os.environ[variable] = str(ENGINE / name)
     try:
-        binaries(options.profile)
-        images()
+        if reason := why_not_run():
+            return refuse(options.where_possible, reason)
+        base = tested() if options.tested else binaries(options.profile)
+        images(base)
         train_through_a_kill()
     except Failed as what:
         print(f"images: {what}", file=sys.stderr)
