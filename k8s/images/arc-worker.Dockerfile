@@ -3,6 +3,8 @@
 #   docker build -f k8s/images/arc-worker.Dockerfile -t arc-topk/arc-worker:0.1.0 .                        CPU (the last stage)
 #   docker build -f k8s/images/arc-worker.Dockerfile --target cuda -t arc-topk/arc-worker:0.1.0-cuda .     on CUDA's runtime
 #
+# The built-in trainer computes on the CPU, whichever it stands on; the base is for trainers of your own that use the GPU.
+#
 # The stage `prebuilt` needs no base image, and a static binary built outside (README.md beside this file).
 # What a binary that was built outside stands on: nothing, if it is static.
 ARG BASE=scratch
@@ -13,7 +15,7 @@ ARG CUDA=docker.io/nvidia/cuda:13.0.1-base-ubuntu24.04
 FROM ${RUST} AS build
 WORKDIR /src
 COPY . .
-# Linked to glibc: it looks up names, and opens the driver's library where there is a GPU. bookworm's is older than those below.
+# Linked to glibc, since it looks up names. bookworm's is older than those below.
 RUN --mount=type=cache,target=/usr/local/cargo/registry --mount=type=cache,target=/src/target \
     RUSTFLAGS='-C strip=symbols --remap-path-prefix=/src=. --remap-path-prefix=/usr/local/cargo=cargo' \
        cargo build --release --locked -p arc-topk-worker --bin arc-worker \

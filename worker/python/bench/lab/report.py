@@ -59,11 +59,22 @@ def row(record: Record, control: Record, dense: Record | None, link: Link) -> st
         cells += ["", "", "", "", ""]
     else:
         of_dense = f"1/{communication(dense, control) / own:.1f}" if dense is not None and own > 0 else ""
-        payload = f"{(record['sent_0'] + record['received_0']) / record['payload']:.3f}" if record["payload"] else ""
+        payload = f"{wire_over_payload(record):.3f}" if record["payload"] else ""
         use = f"{8 * max(record['sent'], record['received']) / record['seconds'] / link.rate:.0%}" if link.rate else ""
         cells += [f"{own:.3f}", of_dense if record["arm"] != "dense" else "1", f"{record['sent'] / 1e6:.2f}", payload, use]
     cells.append(f"{record['worker_cpu']:.2f}, {record['shard_cpu']:.2f}")
     return "| " + " | ".join(cells) + " |"
+
+
+def wire_over_payload(record: Record) -> float:
+    """Bytes of host 0's link over what the exchange counts of them.
+
+    That is the worker's with other hosts' shards, and, where it has a shard beside it, that one's with the other workers.
+    A worker's bytes are spread over all shards alike.
+    """
+    workers, shards = record["workers"], record["shards"]
+    links = (shards - 1 + workers - 1) / shards if record["colocated"] else 1.0
+    return float((record["sent_0"] + record["received_0"]) / (links * record["payload"]))
 
 
 def order(link: Link) -> tuple[float, ...]:
@@ -113,16 +124,17 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
         return
     controls = {record["rate"]: record for record in plain if record["arm"] == CONTROL}
     figure, ((steps, exposed), (sent, use)) = pyplot.subplots(2, 2, figsize=(12, 8), layout="constrained")
-    for arm in dict.fromkeys(record["arm"] for record in plain):
+    for number, arm in enumerate(dict.fromkeys(record["arm"] for record in plain)):
+        look: Any = {"color": f"C{number}", "label": arm}
         own = sorted((record for record in plain if record["arm"] == arm), key=lambda record: float(record["rate"]))
         rates = [record["rate"] / 1e6 for record in own]
-        steps.loglog(rates, [record["seconds"] for record in own], marker="o", label=arm)
+        steps.loglog(rates, [record["seconds"] for record in own], marker="o", **look)
         if arm == CONTROL:
             continue
-        exposed.loglog(rates, [max(1e-3, communication(record, controls[record["rate"]])) for record in own], marker="o", label=arm)
-        sent.loglog(rates, [record["sent"] / 1e6 for record in own], marker="o", label=arm)
+        exposed.loglog(rates, [max(1e-3, communication(record, controls[record["rate"]])) for record in own], marker="o", **look)
+        sent.loglog(rates, [record["sent"] / 1e6 for record in own], marker="o", **look)
         times, shares = link_use(own[0])
-        use.plot(times, shares, label=arm, linewidth=1)
+        use.plot(times, shares, linewidth=1, **look)
     labels = "step (s)", "communication not hidden (s)", "MB sent a step by the busiest host"
     for axes, what in zip((steps, exposed, sent), labels, strict=True):
         axes.set(xlabel="rate of each link (Mbit/s)", ylabel=what)
