@@ -51,11 +51,16 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 	  $(MAKE) --no-print-directory fmt-check clippy unit-build; \
 	  wait "$$fetching"
 	@$(MAKE) --no-print-directory --jobs=2 unit docs deny kernels-check python-lint python
-	@$(PYTHON) k8s/images/check.py --tested --where-possible
-	@$(MAKE) --no-print-directory --jobs=2 pytest k8s-test
+	@$(MAKE) --no-print-directory --jobs=2 pytest k8s-test where-possible
 	@if command -v apt-get > /dev/null; then $(MAKE) --no-print-directory dashboards-test; \
 	  else echo 'make test: NOT TESTED: dashboards, which want Debian 12 (its Prometheus is fetched with apt-get)'; fi
 	@echo 'make test: format, lints, tests, documentation, dependencies, CUDA kernels, the Python package, the chart and dashboards are in order'
+
+# What needs programs that a machine may lack; it says what was not tested.
+.PHONY: where-possible
+where-possible:
+	@$(PYTHON) worker/examples/instructions.py --where-possible
+	@$(PYTHON) k8s/images/check.py --tested --where-possible
 
 .PHONY: fmt-check
 fmt-check:
@@ -159,6 +164,10 @@ k8s-test: $(K8S_VENV)/.ready ## render and check the Helm chart with Helm 3 and 
 .PHONY: images-test
 images-test: ## build the images with buildah and train in containers, one of which is killed (root; buildah, podman, runc)
 	$(PYTHON) k8s/images/check.py $(ARGS)
+
+.PHONY: instructions
+instructions: ## count the instructions of a step's hot paths and compare them with their baseline (valgrind)
+	@$(PYTHON) worker/examples/instructions.py $(ARGS)
 
 .PHONY: docs
 docs: ## build the API documentation, warnings denied

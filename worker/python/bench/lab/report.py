@@ -40,7 +40,7 @@ def table(records: Sequence[Record], words: str) -> str:
     for link in sorted({link_of(record) for record in records}, key=order):
         own = {record["arm"]: record for record in records if link_of(record) == link}
         control = own.get(CONTROL)
-        if control is None:
+        if control is None or len(own) == 1:
             continue
         dense = own.get("dense")
         lines += [
