@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Counts the instructions of a step's hot paths, and compares them with what they were (instructions.json).
 
-    python3 worker/examples/instructions.py             fails if a case takes more than 3 % more than before
-    python3 worker/examples/instructions.py --update    writes what was counted as the new baseline
+    python3 worker/examples/instructions.py             fails if a case takes more than 5 % more than before
+    CARGO_INCREMENTAL=0 python3 worker/examples/instructions.py --update    writes what was counted as the new baseline
 
 Counts do not depend on the machine's speed or load, so that a change which makes a path slower is seen where times say nothing.
 They are those of two workers and a shard on one thread, for each step, without the set-up: the difference of runs of one step and
@@ -27,8 +27,8 @@ HERE = Path(__file__).resolve().parent
 BASELINE = HERE / "instructions.json"
 REPOSITORY = HERE.parents[1]
 #: More than this share more is a regression; more than that less, a baseline that should be written anew.
-WORSE, BETTER = 0.03, 0.05
-#: libc copies with one instruction a byte, as Valgrind counts it, where a processor is good at that: with the same loops everywhere instead.
+WORSE, BETTER = 0.05, 0.1
+#: libc copies with one instruction a byte, as Valgrind counts it, where a processor is good at that. Instead, the same loops everywhere:
 SAME_LIBC = ":".join(f"glibc.cpu.x86_{name}_threshold=1000000000" for name in ("rep_movsb", "rep_stosb", "non_temporal"))
 FEW, MANY = 1, 4
 NEW = "new: --update"
@@ -70,6 +70,13 @@ def main() -> int:
     if shutil.which("valgrind") is None or platform.machine() != "x86_64":
         print("instructions: NOT TESTED: they are counted by valgrind on x86-64 (apt install valgrind)", file=sys.stderr)
         return 0 if options.where_possible else 1
+    if options.update and os.environ.get("CARGO_INCREMENTAL") != "0":
+        # It is cut into other units for the compiler, which inlines other things: up to 6 % of a case.
+        print(
+            "instructions: a baseline is that of a build as CI has it: CARGO_INCREMENTAL=0 make instructions ARGS=--update",
+            file=sys.stderr,
+        )
+        return 1
     built = program()
     cases = subprocess.run([str(built)], capture_output=True, text=True, check=True).stdout.splitlines()
     before = json.loads(BASELINE.read_text()) if BASELINE.exists() else {}
