@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Counts the instructions of a step's hot paths, and compares them with what they were (instructions.json).
 
-    python3 worker/examples/instructions.py             fails if a case takes more than 5 % more than before
+    python3 worker/examples/instructions.py             fails if a case takes more than 8 % more than before
     CARGO_INCREMENTAL=0 python3 worker/examples/instructions.py --update    writes what was counted as the new baseline
 
 Counts do not depend on the machine's speed or load, so that a change which makes a path slower is seen where times say nothing.
@@ -27,8 +27,9 @@ HERE = Path(__file__).resolve().parent
 BASELINE = HERE / "instructions.json"
 REPOSITORY = HERE.parents[1]
 #: More than this share more is a regression; more than that less, a baseline that should be written anew.
-WORSE, BETTER = 0.05, 0.1
-#: libc copies with one instruction a byte, as Valgrind counts it, where a processor is good at that. Instead, the same loops everywhere:
+WORSE, BETTER = 0.08, 0.1
+#: libc copies with one instruction a byte, as Valgrind counts it, where a processor is good at that.
+#: Instead, the same loops everywhere:
 SAME_LIBC = ":".join(f"glibc.cpu.x86_{name}_threshold=1000000000" for name in ("rep_movsb", "rep_stosb", "non_temporal"))
 FEW, MANY = 1, 4
 NEW = "new: --update"
