@@ -102,7 +102,7 @@ python: $(VENV)/.ready ## build the Python package arc_topk and install it into 
 
 .PHONY: python-lint
 python-lint: $(VENV)/.ready ## lint the Python sources and check their types
-	cd worker/python && '$(abspath $(VENV))/bin/ruff' check --quiet --config pyproject.toml . ../data ../kernels
+	cd worker/python && '$(abspath $(VENV))/bin/ruff' check --quiet --config pyproject.toml . ../data ../examples ../kernels
 	cd worker/python && '$(abspath $(VENV))/bin/mypy' --no-error-summary
 
 .PHONY: python-test
