@@ -277,7 +277,8 @@ def why_not_run() -> str | None:
     shell = Path("/bin/sh").resolve()
     try:
         image = image_of({str(shell), *linked_to(shell)})
-        run("podman", "run", "--rm", "--network=host", "--read-only", image, str(shell), "-c", "true", quiet=True)
+        as_later = ("--network=host", "--read-only", "--cap-drop=all", "--security-opt=no-new-privileges", f"--user={USER}:{USER}")
+        run("podman", "run", "--rm", *as_later, "--volume=/tmp:/certs:ro", image, str(shell), "-c", "true", quiet=True)
     except Failed as what:
         return str(what)
     return None

@@ -229,6 +229,13 @@ def test_a_script_of_ones_own_gets_no_settings_of_the_trainer() -> None:
                 assert told["USER"] == told["LOGNAME"] == "arc"
 
 
+def test_the_users_name_is_said_once() -> None:
+    pools = {"a": {"command": ["python"], "extraEnv": [{"name": "USER", "value": "me"}]}}
+    found = one(objects(None, f"workerPools={json.dumps(pools)}"), "Job")["spec"]["template"]["spec"]["containers"][0]["env"]
+    said = [(each["name"], each["value"]) for each in found if each["name"] in ("USER", "LOGNAME")]
+    assert sorted(said) == [("LOGNAME", "arc"), ("USER", "me")]
+
+
 def test_a_setting_of_nothing_is_no_setting() -> None:
     found = objects("laptop", 'job={"trainer": {"snapshot_every": null, "steps": 7}}')
     told = environment(one(found, "Job")["spec"]["template"]["spec"]["containers"][0])
@@ -249,7 +256,7 @@ def test_a_job_is_done_early_only_where_that_is_asked_for() -> None:
     assert "successPolicy" not in plain and early["successPolicy"] == {"rules": [{"succeededCount": 2}]}
 
 
-@pytest.mark.parametrize(("pool", "least"), [({"replicas": 4}, 3), ({"replicas": 1}, 1), ({"minReplicas": 2, "maxReplicas": 5}, 2)])
+@pytest.mark.parametrize(("pool", "least"), [({"replicas": 4}, 3), ({"replicas": 1}, 0), ({"minReplicas": 2, "maxReplicas": 5}, 2)])
 def test_a_pools_budget_lets_nodes_be_drained(pool: dict[str, int], least: int) -> None:
     pools = {"a": pool | {"podDisruptionBudget": {"enabled": True}}}
     budget = one(objects(None, f"workerPools={json.dumps(pools)}"), "PodDisruptionBudget", "demo-arc-topk-a")

@@ -71,9 +71,11 @@ def open_exchange(
 def _leave_when_asked_to_end() -> None:
     """Lets SIGTERM end the script as ``sys.exit(143)`` would, and so leave its job in order, unless it has a handler of its own.
 
-    Without this a worker that is drained or preempted is missed for seconds by the others; and as the first process of a container
-    Python would not even hear it.
+    As the first process of a container Python would not hear it at all. Elsewhere it ends a process at once, also one that
+    waits in native code, where no handler of Python's runs; there this is asked for by ``ARC_LEAVE_ON_SIGTERM=1``.
     """
+    if os.getpid() != 1 and os.environ.get("ARC_LEAVE_ON_SIGTERM") != "1":
+        return
     if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
         return
     own = os.getpid()

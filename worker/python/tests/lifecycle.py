@@ -49,6 +49,7 @@ def by_closure(rank: int, kind: str, closures: bool, overflow_at: int | None = N
 def asked_to_end(rank: int, page: str) -> dict[str, Any]:
     """Worker 1 gets SIGTERM in its sixth step and leaves; worker 0 trains on alone."""
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    os.environ["ARC_LEAVE_ON_SIGTERM"] = "1"
     net = jobs.model()
     optimizer: Any = arc_topk.DistributedOptimizer(
         torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters(), **jobs.SPARSE
@@ -66,23 +67,28 @@ def asked_to_end(rank: int, page: str) -> dict[str, Any]:
         status = int(str(error.code))
     lost = next(line for line in read(page + "metrics").splitlines() if line.startswith("arc_lost_workers_total"))
     arc_topk.shutdown()
+    del os.environ["ARC_LEAVE_ON_SIGTERM"]
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL, "as it was"
     return {"status": status, "sizes": sizes, "lost": float(lost.split()[-1])}
 
 
-def has_its_own_handler(_: int) -> bool:
-    """Whether joining leaves a script's handler of SIGTERM alone."""
+def leaves_sigterm_alone(_: int, asked: bool) -> bool:
+    """Whether joining leaves SIGTERM as the script has it: with a handler of its own, or, unasked, with none."""
 
     def own(*_: object) -> None:
         pass
 
-    signal.signal(signal.SIGTERM, own)
+    kept: Any = own if asked else signal.SIG_DFL
+    signal.signal(signal.SIGTERM, kept)
+    if asked:
+        os.environ["ARC_LEAVE_ON_SIGTERM"] = "1"
     try:
         net = jobs.model()
         arc_topk.DistributedOptimizer(torch.optim.SGD(net.parameters(), lr=0.01), net.named_parameters(), **jobs.SPARSE)
-        return signal.getsignal(signal.SIGTERM) is own
+        return signal.getsignal(signal.SIGTERM) == kept
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.environ.pop("ARC_LEAVE_ON_SIGTERM", None)
         arc_topk.shutdown()
 
 

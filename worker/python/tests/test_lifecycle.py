@@ -48,8 +48,9 @@ def test_a_worker_that_is_asked_to_end_leaves_and_the_others_go_on(shards, worke
     assert got[0]["lost"] == 0, "it said goodbye"
 
 
-def test_a_handler_of_the_scripts_own_stays(shards, workers):
-    assert workers.run(shards(), 2, lifecycle.has_its_own_handler) == [True, True]
+@pytest.mark.parametrize("asked", [True, False])
+def test_sigterm_stays_the_scripts_own(shards, workers, asked):
+    assert workers.run(shards(), 2, lifecycle.leaves_sigterm_alone, asked) == [True, True]
 
 
 def test_an_optimizer_with_many_evaluations_a_step_is_refused(shards, workers):

@@ -35,8 +35,15 @@ Everything here takes (dict "root" $ "name" pool's name "pool" its merged settin
 {{- end }}
 {{- else }}
 {{- /* PyTorch asks for the user's name, and the image's user may have none. */}}
-{{- $_ := set $settings "USER" "arc" }}
-{{- $_ := set $settings "LOGNAME" "arc" }}
+{{- $own := list }}
+{{- range .pool.extraEnv }}
+{{- $own = append $own .name }}
+{{- end }}
+{{- range list "USER" "LOGNAME" }}
+{{- if not (has . $own) }}
+{{- $_ := set $settings . "arc" }}
+{{- end }}
+{{- end }}
 {{- end }}
 {{- if .pool.metrics.enabled }}
 {{- $_ := set $settings "ARC_ADMIN" (printf "%s:%d" .root.Values.shards.listenAddress (int .pool.metrics.port)) }}
