@@ -10,7 +10,11 @@ use arc_topk_common::ids::Rank;
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
 use criterion::{Criterion, Throughput, criterion_group, criterion_main};
+use gradient::gradient;
 use std::hint::black_box;
+
+#[path = "../examples/shared/gradient.rs"]
+mod gradient;
 
 struct Shape {
     vocabulary: u64,
@@ -57,17 +61,6 @@ fn tensors(shape: &Shape) -> Vec<TensorSpec> {
     }
     all.push(tensor("head".into(), &[vocabulary, h]));
     all
-}
-
-fn gradient(elements: usize, seed: u32) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        x as f32 / u32::MAX as f32 - 0.5
-    };
-    (0..elements).map(|_| next()).collect()
 }
 
 fn steps(c: &mut Criterion) {

@@ -1,4 +1,4 @@
-//! Whole steps of one worker and one shard in memory, for `make instructions` to count what they execute.
+//! Whole steps of two workers and one shard in memory, for `make instructions` to count what they execute.
 //!
 //! `instructions CASE STEPS` prints the cases when called without arguments. Everything is the same in every run: gradients,
 //! choices, order; `RAYON_NUM_THREADS=1` keeps threads out of it.
@@ -7,7 +7,11 @@ use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback, SelectionPolicy, ValueType};
 use arc_topk_common::plan::{DType, PlanSpec, TensorSpec};
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
+use gradient::gradient;
 use std::error::Error;
+
+#[path = "shared/gradient.rs"]
+mod gradient;
 
 const WORKERS: u16 = 2;
 
@@ -60,18 +64,6 @@ fn tensors() -> Vec<TensorSpec> {
         density: None,
     };
     shapes.into_iter().map(spec).collect()
-}
-
-/// Numbers that look random (xorshift), the same every time.
-fn gradient(elements: usize, seed: u32) -> Vec<f32> {
-    let mut x = seed.wrapping_mul(2_654_435_761) | 1;
-    let mut next = || {
-        x ^= x << 13;
-        x ^= x >> 17;
-        x ^= x << 5;
-        x as f32 / u32::MAX as f32 - 0.5
-    };
-    (0..elements).map(|_| next()).collect()
 }
 
 fn run(algorithm: AlgorithmConfig, steps: u64) -> Result<(), Box<dyn Error>> {

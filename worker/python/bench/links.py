@@ -93,7 +93,7 @@ class Results:
 
     def of(self, setting: Setting) -> list[report.Record]:
         """Those of a setting."""
-        return [record for record in self.records if report.setting_of(record) == key(setting)]
+        return [record for record in self.records if report.setting_of(record) == dataclasses.astuple(setting)]
 
     def has(self, setting: Setting, link: Link, arm: str) -> bool:
         """Whether it was measured."""
@@ -104,10 +104,6 @@ class Results:
         self.records.append(record)
         with self._path.open("a") as file:
             file.write(json.dumps(record) + "\n")
-
-
-def key(setting: Setting) -> tuple[Any, ...]:
-    return setting.shape, setting.workers, setting.shards, setting.colocated
 
 
 def measure(args: argparse.Namespace, setting: Setting, results: Results) -> None:
