@@ -78,25 +78,19 @@ class Exchange:
         state: Mapping[str, Any] | None = None,
         elastic: bool = False,
     ) -> None:
-        self.names: list[str] = []
-        self.index: dict[int, int] = {}
-        registered: list[torch.Tensor] = []
-        specs = []
-        for name, tensor in tensors:
-            if id(tensor) in self.index:
-                continue
-            self.index[id(tensor)] = len(self.names)
-            self.names.append(name)
-            registered.append(tensor)
-            specs.append(
-                {
-                    "name": name,
-                    # A scalar is a vector of one.
-                    "shape": list(tensor.shape) or [1],
-                    "dtype": dtype_name(tensor),
-                    "density": config.density_of(name),
-                }
-            )
+        registered = numbered(tensors)
+        self.names = [name for name, _ in registered]
+        self.index = {id(tensor): at for at, (_, tensor) in enumerate(registered)}
+        specs = [
+            {
+                "name": name,
+                # A scalar is a vector of one.
+                "shape": list(tensor.shape) or [1],
+                "dtype": dtype_name(tensor),
+                "density": config.density_of(name),
+            }
+            for name, tensor in registered
+        ]
         for pattern in config.densities:
             if not any(fnmatch.fnmatchcase(name, pattern) for name in self.names):
                 logger.warning("densities: no tensor has a name like %r (the first is %r)", pattern, self.names[:1])
@@ -105,7 +99,7 @@ class Exchange:
         self.config = config
         self.peers = peers
         #: The GPU that compresses; ``None``: the CPU does.
-        self.gpu = _gpu.chosen(registered, config)
+        self.gpu = _gpu.chosen([tensor for _, tensor in registered], config)
         # Tensors of the open step that were lent there.
         self._on_gpu: dict[int, torch.Tensor] = {}
         self.summary = Summary()
@@ -234,10 +228,7 @@ class Exchange:
 
     def fresh_rows(self, index: int) -> torch.Tensor | None:
         """Rows of the last result that came, ascending; ``None`` for all of them."""
-        rows = self.session.rows(index)
-        if rows is None:
-            return None
-        return torch.frombuffer(bytearray(rows), dtype=torch.int32).to(torch.int64) if rows else torch.empty(0, dtype=torch.int64)
+        return to_rows(self.session.rows(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Step and feedback state of this rank, for ``state=`` of the next start."""
@@ -296,12 +287,32 @@ class Exchange:
             )
 
 
+def numbered(tensors: Iterable[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """Each tensor once, under the first of its names, in the order in which it takes its number."""
+    once: dict[int, tuple[str, torch.Tensor]] = {}
+    for name, tensor in tensors:
+        once.setdefault(id(tensor), (name, tensor))
+    return list(once.values())
+
+
+def to_rows(rows: bytes | None) -> torch.Tensor | None:
+    """Numbers of rows as the native half gives them."""
+    if rows is None:
+        return None
+    return torch.frombuffer(bytearray(rows), dtype=torch.int32).to(torch.int64) if rows else torch.empty(0, dtype=torch.int64)
+
+
 def check_state(state: Mapping[str, Any]) -> None:
     """Raises ConfigError for what is no feedback state."""
     missing = [name for name in ("step", "update", "arrays") if name not in state]
     if missing:
         raise _native.ConfigError(
             f"this is no feedback state of arc_topk (it has no {', '.join(missing)}): pass what exchange.state_dict() gave"
+        )
+    if state.get("follower"):
+        raise _native.ConfigError(
+            "this is the state of a process that followed another one of its machine (local_group), which has the feedback: pass "
+            "what arc_topk.merge_states makes of the states of all processes"
         )
 
 

@@ -33,7 +33,12 @@ def merge_states(states: Sequence[dict[str, Any]], rank: int, world_size: int) -
     Under ef14 the mean pending residual is kept: new worker j takes the sum of those of the old ones i ≡ j (mod M), times M/N.
     Under ef21 and ef21m every worker starts from H, which is the mean of all estimates. With as many workers as before each
     one's state is its own.
+
+    Where the processes of a machine are one worker (``local_group``), give the states of all processes before, in the order of
+    their ranks, and as ``rank`` and ``world_size`` the machine's number and the number of machines, on all its processes alike.
     """
+    # Of a machine whose processes are one worker, its leader's is there once.
+    states = [state for state in states if not state.get("follower")]
     if not states:
         raise ConfigError("there are no states to go on from: give those of all ranks, in their order")
     steps = {(state["step"], state["update"]) for state in states}

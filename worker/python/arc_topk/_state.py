@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import atexit
+import dataclasses
 import os
 import signal
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from . import _native
-from ._exchange import Exchange
-from .config import Config, Peers
+from ._exchange import Exchange, Summary
+from .config import Config, Peers, whole
 
 _peers: Peers | None = None
+# Rank and number of workers as :func:`init` was told them.
+_asked: tuple[int | None, int | None] = (None, None)
 _exchange: Exchange | None = None
 # The handler of SIGTERM that stands while there is an exchange.
 _end: Any | None = None
@@ -34,7 +37,8 @@ def init(
 
     Nothing is connected yet: a worker joins its job when the tensors are known. Without a call the environment decides.
     """
-    global _peers
+    global _peers, _asked
+    _asked = (rank, world_size)
     _peers = Peers.find(shards, certs, job, rank, world_size, **timeouts)
 
 
@@ -51,11 +55,40 @@ def open_exchange(
     state: Mapping[str, Any] | None = None,
     elastic: bool = False,
     gradients: bool = True,
+    machine: tuple[int, int] | None = None,
 ) -> Exchange:
     """Joins the job with these tensors. A process is one worker, and has one exchange at a time.
 
     ``gradients``: what is exchanged is the gradients of these tensors, so that optimizers may ask which of their rows came.
+    ``machine``: the process speaks for all of its machine, which is this one of so many.
     """
+
+    def join() -> Exchange:
+        where = peers() if machine is None else _as_machine(peers(), *machine)
+        joined = Exchange(tensors, config, where, trainer=trainer, state=state, elastic=elastic)
+        joined.carries_gradients = gradients
+        return joined
+
+    return enter(join)
+
+
+def _as_machine(known: Peers, machine: int, machines: int) -> Peers:
+    """Rank and number of workers where machines are workers. Those of torchrun, which counts processes, do not count.
+
+    Machines that have a process group each do not know of each other there: then ``ARC_RANK`` and ``ARC_WORKERS`` say it.
+    """
+    rank = whole("rank", os.environ.get("ARC_RANK") or None) if _asked[0] is None else _asked[0]
+    workers = whole("world_size", os.environ.get("ARC_WORKERS") or None) if _asked[1] is None else _asked[1]
+    if machines > 1 and workers not in (None, machines):
+        raise _native.ConfigError(
+            f"arc_topk.init or ARC_WORKERS says {workers} workers, and the process group has {machines} machines, each of which is "
+            "one worker with local_group: leave it out, ARC_RANK too"
+        )
+    return dataclasses.replace(known, rank=machine if rank is None else rank, world_size=machines if workers is None else workers)
+
+
+def enter(join: Callable[[], Exchange]) -> Exchange:
+    """Makes what this joins with the process's exchange, of which it has one at a time."""
     global _exchange
     if _exchange is not None:
         raise _native.ConfigError(
@@ -63,8 +96,7 @@ def open_exchange(
             "once; call arc_topk.shutdown() before it joins with others"
         )
     _leave_when_asked_to_end()
-    _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state, elastic=elastic)
-    _exchange.carries_gradients = gradients
+    _exchange = join()
     return _exchange
 
 
@@ -123,7 +155,11 @@ atexit.register(shutdown)
 
 
 def rank() -> int:
-    """Rank of this worker: in the job once it has joined, else the one that it will ask for."""
+    """Rank of this worker: in the job once it has joined, else the one that it will ask for.
+
+    With ``local_group`` a machine is one worker, and all its processes have its rank: ``torch.distributed.get_rank()`` tells them
+    apart, for data of their own.
+    """
     if _exchange is not None:
         return _exchange.rank
     asked = peers().rank
@@ -133,7 +169,7 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """Workers in the job now; before this one has joined, as many as it will wait for."""
+    """Workers in the job now; before this one has joined, as many as it will wait for. With ``local_group``: machines."""
     if _exchange is not None:
         return _exchange.world_size
     expected = peers().world_size
@@ -150,6 +186,6 @@ def report(loss: float | torch.Tensor) -> None:
     exchange().report(loss)
 
 
-def summary() -> Any:
-    """Bytes and times by phase since this worker joined: a :class:`Summary`."""
+def summary() -> Summary:
+    """Bytes and times by phase since this worker joined. With ``local_group`` those of a machine are with its leader."""
     return exchange().summary

@@ -159,8 +159,8 @@ class Peers:
             cert=cert,
             key=key,
             job=job or _first("ARC_JOB") or "default",
-            rank=_whole("rank", asked),
-            world_size=_whole("world_size", world),
+            rank=whole("rank", asked),
+            world_size=whole("world_size", world),
             **timeouts,
         )
 
@@ -169,7 +169,8 @@ class Peers:
         return {"shards": list(self.shards), "ca": self.ca, "cert": self.cert, "key": self.key}
 
 
-def _whole(name: str, value: int | str | None) -> int | None:
+def whole(name: str, value: int | str | None) -> int | None:
+    """The number that this setting is, where it is given."""
     if value is None:
         return None
     try:

@@ -10,14 +10,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import _native
-from ._exchange import Exchange, logger
+from . import _machine, _native
+from ._buckets import gradients_of, promise, warn_of_skip
+from ._exchange import Exchange
+from ._local_group import LocalGroup
 from ._state import open_exchange
 from .config import Config
 
 
 class Hook:
-    """State of the hook. Gradients are known by their parameters, so DDP may rebuild its buckets as it likes."""
+    """State of the hook."""
 
     def __init__(self, model: nn.Module, exchange: Exchange, scaler: Any | None) -> None:
         self.exchange = exchange
@@ -32,19 +34,11 @@ class Hook:
         if not self._open:
             self.exchange.begin(self._scaler)
             self._open = True
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            index = self.exchange.index.get(id(parameter))
-            if index is None:
-                name = self._names.get(id(parameter), "a parameter")
-                raise _native.ConfigError(
-                    f"{name} had no gradient when the hook was registered: register after freezing and unfreezing, on all "
-                    "workers alike"
-                )
+        for index, gradient in gradients_of(bucket, self.exchange, self._names):
             self.exchange.push(index, gradient)
             self._results.append((index, gradient))
         buffer = bucket.buffer()
-        # Whoever waits for it waits for what the finishing thread has asked of the GPU, too.
-        future: Any = torch.futures.Future(devices=[buffer.device]) if buffer.is_cuda else torch.futures.Future()
+        future = promise(buffer)
         self._waiting.append((future, buffer))
         if bucket.is_last():
             waiting, results = self._waiting, self._results
@@ -60,11 +54,8 @@ class Hook:
     ) -> None:
         with contextlib.nullcontext() if stream is None else torch.cuda.stream(stream):
             try:
-                if self.exchange.finish(results).skipped and self._scaler is None:
-                    logger.warning(
-                        "a gradient with a NaN or an infinity came from some worker: all workers skip this step, and gradients "
-                        "are NaN, as after dense averaging; without a GradScaler look at them before the optimizer's step"
-                    )
+                if self.exchange.finish(results).skipped:
+                    warn_of_skip(self._scaler)
             except BaseException as error:  # noqa: BLE001 - it belongs to whoever waits
                 for future, _ in waiting:
                     future.set_exception(error)
@@ -84,6 +75,7 @@ def register(
     *,
     scaler: Any | None = None,
     state: Mapping[str, Any] | None = None,
+    local_group: Any | None = None,
     **settings: Any,
 ) -> Exchange:
     """Averages the gradients of a ``DistributedDataParallel`` model through the shards instead of its process group.
@@ -91,6 +83,11 @@ def register(
     ``config``, or settings of one by name (``density=0.05``), says what is computed. With a ``GradScaler`` pass it as
     ``scaler``: feedback is then kept in unscaled gradients, and outlives changes of the scale. ``state`` is what
     ``state_dict()`` of an earlier run's exchange gave on this rank.
+
+    ``local_group`` makes the processes of a machine one worker: each bucket is averaged among them first, and one of them, the
+    leader, speaks with the shards, so that the network carries one worker's bytes for all. It is ``"node"`` under torchrun, or a
+    process group of this machine's processes (``torch.distributed.new_subgroups(8)[0]``), on all processes alike, and of one size
+    on all machines; else ConfigError is raised. Shards then count machines: ``arc-ps --workers`` is their number.
 
     The gradient clipping, accumulation under ``no_sync()`` and mixed precision of the script stay as they are.
     """
@@ -102,8 +99,13 @@ def register(
     # What else has such a method is wrapped by DDP's rules.
     module: Any = model.module
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    exchange = open_exchange(named, config, state=state)
-    hook = Hook(module, exchange, scaler)
+    if local_group is None:
+        exchange = open_exchange(named, config, state=state)
+        hook: Any = Hook(module, exchange, scaler)
+    else:
+        group = LocalGroup.agreed(local_group)
+        exchange = _machine.join(group, named, config, state)
+        hook = _machine.LocalHook(module, exchange, group, scaler)
     wrapped: Any = model
     wrapped.register_comm_hook(hook, _ddp_hook)
     return exchange

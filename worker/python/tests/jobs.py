@@ -71,6 +71,11 @@ def process_group() -> Any:
         dist.destroy_process_group()
 
 
+def machine_of(form: str) -> Any:
+    """With the form ``machines`` every two processes are one worker."""
+    return dist.new_subgroups(2)[0] if form == "machines" else None
+
+
 def ddp(rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float = 25.0) -> list[torch.Tensor]:
     """Parameters after some steps; ``settings`` of None: DDP's own averaging."""
     with process_group():
@@ -119,12 +124,12 @@ def reduced(rank: int, steps: int) -> list[list[torch.Tensor]]:
 
 def accumulated(rank: int, form: str, passes: int) -> list[torch.Tensor]:
     """Two steps, each of some backward passes."""
-    with process_group() if form == "ddp" else contextlib.nullcontext():
+    with process_group() if form != "wrapper" else contextlib.nullcontext():
         net = model()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
-        if form == "ddp":
+        if form != "wrapper":
             net_or_ddp: nn.Module = DistributedDataParallel(net)
-            arc_topk.register(net_or_ddp, **LOSSLESS)
+            arc_topk.register(net_or_ddp, local_group=machine_of(form), **LOSSLESS)
             no_sync: Any = net_or_ddp.no_sync
         else:
             net_or_ddp = net
@@ -142,13 +147,13 @@ def accumulated(rank: int, form: str, passes: int) -> list[torch.Tensor]:
 
 def overflow(rank: int, form: str) -> dict[str, Any]:
     """Mixed precision whose gradients overflow on one worker in one step."""
-    with process_group() if form == "ddp" else contextlib.nullcontext():
+    with process_group() if form != "wrapper" else contextlib.nullcontext():
         net = model()
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05)
         scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-        if form == "ddp":
+        if form != "wrapper":
             net_or_ddp: nn.Module = DistributedDataParallel(net)
-            exchange = arc_topk.register(net_or_ddp, scaler=scaler, **SPARSE)
+            exchange = arc_topk.register(net_or_ddp, scaler=scaler, local_group=machine_of(form), **SPARSE)
         else:
             net_or_ddp = net
             optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), scaler=scaler, **SPARSE)

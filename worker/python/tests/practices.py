@@ -55,9 +55,9 @@ class Conv(nn.Module):
 
 def _wrapped(net: nn.Module, form: str, settings: dict[str, Any], **more: Any) -> tuple[nn.Module, Any]:
     optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
-    if form == "ddp":
+    if form != "wrapper":
         net_or_ddp = DistributedDataParallel(net, **more)
-        arc_topk.register(net_or_ddp, **settings)
+        arc_topk.register(net_or_ddp, local_group=jobs.machine_of(form), **settings)
         return net_or_ddp, optimizer
     trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([p for _, p in trainable], lr=0.05)
@@ -67,7 +67,7 @@ def _wrapped(net: nn.Module, form: str, settings: dict[str, Any], **more: Any) -
 def _train(
     form: str, make: Callable[[], nn.Module], loss: Callable[[nn.Module, int], torch.Tensor], settings: dict[str, Any], **more: Any
 ) -> dict[str, torch.Tensor]:
-    with jobs.process_group() if form == "ddp" else contextlib.nullcontext():
+    with jobs.process_group() if form != "wrapper" else contextlib.nullcontext():
         net = make()
         net_or_ddp, optimizer = _wrapped(net, form, settings, **more)
         for step in range(6):
@@ -85,7 +85,8 @@ def awkward(rank: int, form: str, checkpoints: bool, settings: dict[str, Any]) -
         inputs, _ = jobs.batch(rank, step)
         return nn.functional.mse_loss(net(inputs, rank == 1 and step % 2 == 0), inputs)
 
-    return _train(form, lambda: Tied(checkpoints), loss, settings, **({"find_unused_parameters": True} if form == "ddp" else {}))
+    more = {"find_unused_parameters": True} if form != "wrapper" else {}
+    return _train(form, lambda: Tied(checkpoints), loss, settings, **more)
 
 
 def images(rank: int, form: str, last: bool) -> dict[str, torch.Tensor]:
