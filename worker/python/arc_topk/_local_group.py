@@ -34,7 +34,9 @@ class LocalGroup:
 
     @classmethod
     def agreed(cls, own: Any) -> LocalGroup:
-        """The group that ``own``, a process group or ``"node"``, means. All processes of the default group call it at once.
+        """The group that ``own`` means: a process group, a function that makes one, or ``"node"``.
+
+        All processes of the default group call it at once.
 
         Raises ConfigError, on all of them, where groups differ in size or overlap.
         """
@@ -43,7 +45,7 @@ class LocalGroup:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("local_group needs a process group: call torch.distributed.init_process_group before")
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, _members(own))
+        dist.all_gather_object(told, _members(own() if callable(own) else own))
         parts = partition(told)
         rank = dist.get_rank()
         machine = next(at for at, part in enumerate(parts) if rank in part)

@@ -86,8 +86,9 @@ def register(
 
     ``local_group`` makes the processes of a machine one worker: each bucket is averaged among them first, and one of them, the
     leader, speaks with the shards, so that the network carries one worker's bytes for all. It is ``"node"`` under torchrun, or a
-    process group of this machine's processes (``torch.distributed.new_subgroups(8)[0]``), on all processes alike, and of one size
-    on all machines; else ConfigError is raised. Shards then count machines: ``arc-ps --workers`` is their number.
+    process group of this machine's processes (``torch.distributed.new_subgroups(8)[0]``) or a function that makes one: on all
+    processes alike, and of one size on all machines, else ConfigError is raised. Shards then count machines: ``arc-ps --workers``
+    is their number.
 
     The gradient clipping, accumulation under ``no_sync()`` and mixed precision of the script stay as they are.
     """

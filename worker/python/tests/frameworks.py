@@ -37,7 +37,7 @@ def _launched(rank: int) -> Iterator[list[str]]:
     listener.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
     logging.getLogger("arc_topk").addHandler(listener)
     before = dict(os.environ)
-    os.environ |= {"LOCAL_RANK": str(rank), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ |= {"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": before["WORLD_SIZE"], "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     _forget_accelerate()
     try:
         yield said

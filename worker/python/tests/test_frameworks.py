@@ -14,6 +14,7 @@ import arc_topk
 import frameworks
 import jobs
 from arc_topk.integrations import transformers as hf
+from arc_topk.integrations._common import Place
 
 
 def close(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
@@ -76,11 +77,14 @@ def test_feedback_files_serve_another_number_of_workers(tmp_path):
         torch.save({"world_size": 2, "state": state}, tmp_path / f"arc_topk_{rank}.pt")
     for world in (1, 2, 3):
         for rank in range(world):
-            got: Any = hf._restored(tmp_path, rank, world)
+            got: Any = hf._restored(tmp_path, Place(rank, world, rank, world))
             wanted = arc_topk.merge_states(states, rank, world)
             assert (got["step"], got["update"]) == (7, 6)
             assert torch.equal(got["arrays"]["residual/w"], wanted["arrays"]["residual/w"])
-    assert hf._restored(tmp_path / "none", 0, 2) is None
+    assert hf._restored(tmp_path / "none", Place(0, 2, 0, 2)) is None
+    # The same processes, now two to a machine: one worker.
+    alone: Any = hf._restored(tmp_path, Place(1, 2, 0, 1))
+    assert torch.equal(alone["arrays"]["residual/w"], arc_topk.merge_states(states, 0, 1)["arrays"]["residual/w"])
 
 
 def test_a_trainer_that_is_alone_is_told_how_to_start(tmp_path):
@@ -128,6 +132,24 @@ def test_lightning_goes_on_to_the_bit(shards, workers, tmp_path):
     assert "arc_topk" not in torch.load(tmp_path / "empty" / "last.ckpt", weights_only=True)["callbacks"]
 
 
+def test_processes_of_a_machine_under_a_framework(shards, workers, tmp_path):
+    settings = jobs.SPARSE | {"local_group": "node"}
+    straight = workers.run(shards(1, 1), 2, frameworks.hugging_face, str(tmp_path / "run"), settings, 5)
+    kept = str(tmp_path / "run" / "checkpoint-3")
+    resumed = workers.run(shards(1, 1), 2, frameworks.hugging_face, str(tmp_path / "again"), settings, 5, kept)
+    for process in (*straight, *resumed):
+        assert same(process["net"], straight[0]["net"]) and process["arc"]["step"] == 5
+    assert [bool(process["arc"]["arrays"]) for process in resumed] == [True, False]
+
+    straight = workers.run(shards(1, 1), 2, frameworks.lightning, str(tmp_path / "straight"), settings, 2)
+    workers.run(shards(1, 1), 2, frameworks.lightning, str(tmp_path / "first"), settings, 1)
+    kept = str(tmp_path / "first" / "last.ckpt")
+    resumed = workers.run(shards(1, 1), 2, frameworks.lightning, str(tmp_path / "second"), settings, 2, kept)
+    for process in (*straight, *resumed):
+        assert same(process["net"], straight[0]["net"]) and process["arc"]["step"] == 6
+    assert resumed[0]["sent"] > 0 and resumed[1]["sent"] == 0
+
+
 def test_lightning_fits_twice(shards, workers, tmp_path):
     got = workers.run(shards(), 2, frameworks.lightning, str(tmp_path), jobs.SPARSE, 1, None, 2)
     assert same(got[0]["net"], got[1]["net"])
@@ -150,4 +172,4 @@ def test_no_framework_is_imported_unasked(tmp_path):
 def test_a_checkpoint_that_lacks_files_of_other_workers_is_refused(tmp_path):
     torch.save({"world_size": 3, "state": {}}, tmp_path / "arc_topk_0.pt")
     with pytest.raises(arc_topk.ConfigError, match=r"lacks arc_topk_1\.pt, arc_topk_2\.pt"):
-        hf._restored(tmp_path, 0, 2)
+        hf._restored(tmp_path, Place(0, 2, 0, 2))

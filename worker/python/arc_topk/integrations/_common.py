@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
 from .. import _state
 from .._exchange import Exchange
+from .._local_group import LocalGroup
+from .._merge import merge_states
 from .._native import ConfigError
 from ..config import Config
 from ..ddp import register
@@ -28,8 +30,27 @@ def wrapped(model: Any) -> nn.Module:
     return model
 
 
-def join(model: nn.Module, config: Config, state: Callable[[int, int], Any], **more: Any) -> Exchange:
-    """Registers the hook, as the process group's rank; ``state(rank, world_size)`` is what to go on from.
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """Which process of how many this is, and which worker of how many."""
+
+    process: int
+    processes: int
+    worker: int
+    workers: int
+
+    @property
+    def local_world_size(self) -> int:
+        """Processes that are one worker."""
+        return self.processes // self.workers
+
+    def of(self, states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """What to go on from, where ``states`` are what all processes before saved."""
+        return merge_states(states, self.worker, self.workers)
+
+
+def join(model: nn.Module, config: Config, state: Callable[[Place], Any], local_group: Any, **more: Any) -> Exchange:
+    """Registers the hook, as the process group's rank; ``state(place)`` is what to go on from.
 
     A worker that is in a job still, from training before, leaves it first, and all others with it: a job has one set of tensors.
     """
@@ -46,7 +67,9 @@ def join(model: nn.Module, config: Config, state: Callable[[int, int], Any], **m
         rank=rank if peers.rank is None else peers.rank,
         world_size=world if peers.world_size is None else peers.world_size,
     )
-    return register(model, config, state=state(rank, world), **more)
+    group = None if local_group is None else LocalGroup.agreed(local_group)
+    place = Place(rank, world, rank, world) if group is None else Place(rank, world, group.machine, group.machines)
+    return register(model, config, state=state(place), local_group=group, **more)
 
 
 def warn_of_adam(optimizer: Any, config: Config) -> None:

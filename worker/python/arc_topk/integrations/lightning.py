@@ -12,7 +12,6 @@ import importlib
 from typing import Any
 
 from .._exchange import Exchange
-from .._merge import merge_states
 from ..config import Config
 from . import _common
 
@@ -33,15 +32,19 @@ class Callback(_Base):  # type: ignore[misc]  # there may be no Lightning where 
 
     ``config``, or settings of one by name (``density=0.05``), says what is computed. Checkpoints hold the feedback state of all
     ranks, which is gathered for it: as many floats as the model has, from every worker to the first. ``save_feedback=False`` leaves
-    it out, and training that goes on from such a checkpoint starts with none, and with a warm-up.
+    it out, and training that goes on from such a checkpoint starts with none, and with a warm-up. ``local_group`` is that of
+    :func:`arc_topk.register`; since Lightning makes the process group later, it is ``"node"`` or a function.
     """
 
-    def __init__(self, config: Config | None = None, *, save_feedback: bool = True, **settings: Any) -> None:
+    def __init__(
+        self, config: Config | None = None, *, save_feedback: bool = True, local_group: Any | None = None, **settings: Any
+    ) -> None:
         super().__init__()
         #: The worker's place in the job, once training has begun.
         self.exchange: Exchange | None = None
         self._config = Config.of(config, settings)
         self._saves = save_feedback
+        self._local_group = local_group
         self._group: Any = None
         self._restored: list[dict[str, Any]] | None = None
 
@@ -58,7 +61,7 @@ class Callback(_Base):  # type: ignore[misc]  # there may be no Lightning where 
         for optimizer in trainer.optimizers:
             _common.warn_of_adam(optimizer, self._config)
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        self.exchange = _common.join(model, self._config, self._state_of, scaler=scaler)
+        self.exchange = _common.join(model, self._config, self._state_of, self._local_group, scaler=scaler)
         # Feedback lies in the host's memory, where NCCL does not reach.
         self._group = None if dist.get_backend() == "gloo" else dist.new_group(backend="gloo")
 
@@ -76,6 +79,6 @@ class Callback(_Base):  # type: ignore[misc]  # there may be no Lightning where 
         """Keeps what :meth:`state_dict` gave for the start of training."""
         self._restored = state_dict["feedback"]
 
-    def _state_of(self, rank: int, world: int) -> dict[str, Any] | None:
+    def _state_of(self, place: _common.Place) -> dict[str, Any] | None:
         restored, self._restored = self._restored, None
-        return None if restored is None else merge_states(restored, rank, world)
+        return None if restored is None else place.of(restored)

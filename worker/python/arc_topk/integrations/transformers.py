@@ -22,7 +22,6 @@ from typing import Any
 import torch
 
 from .._exchange import Exchange
-from .._merge import merge_states
 from .._native import ConfigError
 from ..config import Config
 from . import _common
@@ -33,12 +32,14 @@ logger = logging.getLogger("arc_topk")
 class _Averaging:
     """A callback of the Trainer, but for its base class."""
 
-    def __init__(self, trainer: Any, config: Config) -> None:
+    def __init__(self, trainer: Any, config: Config, local_group: Any | None) -> None:
         self.exchange: Exchange | None = None
         #: What ``train`` was told to go on from.
         self.resumes: str | bool | None = None
         self._trainer = trainer
         self._config = config
+        self._local_group = local_group
+        self._local_world_size = 1
         self._model: Any = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the Trainer's call
@@ -51,8 +52,12 @@ class _Averaging:
             return
         _common.warn_of_adam(self._trainer.optimizer, self._config)
         scaler = getattr(self._trainer.accelerator, "scaler", None)
-        restored = functools.partial(_restored, checkpoint)
-        self.exchange = _common.join(model, self._config, restored, scaler=scaler)
+
+        def restored(place: _common.Place) -> dict[str, Any] | None:
+            self._local_world_size = place.local_world_size
+            return _restored(checkpoint, place)
+
+        self.exchange = _common.join(model, self._config, restored, self._local_group, scaler=scaler)
         self._model = model
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:  # noqa: ARG002 - the Trainer's call
@@ -61,7 +66,8 @@ class _Averaging:
         directory = Path(args.output_dir) / f"checkpoint-{state.global_step}"
         # Of another machine, with a disk of its own, this may be the first file.
         directory.mkdir(parents=True, exist_ok=True)
-        saved = {"world_size": args.world_size, "state": self.exchange.state_dict()}
+        counts = {"world_size": args.world_size, "local_world_size": self._local_world_size}
+        saved = counts | {"state": self.exchange.state_dict()}
         torch.save(saved, _file(directory, args.process_index))
 
     def _checkpoint(self, args: Any) -> Path | None:
@@ -75,18 +81,19 @@ def _file(directory: Path, rank: int) -> Path:
     return directory / f"arc_topk_{rank}.pt"
 
 
-def _restored(directory: Path | None, rank: int, world: int) -> dict[str, Any] | None:
-    """The feedback state that worker ``rank`` of ``world`` goes on from."""
+def _restored(directory: Path | None, place: _common.Place) -> dict[str, Any] | None:
+    """The feedback state that this process goes on from."""
     if directory is None:
         return None
-    own = _file(directory, rank)
+    own = _file(directory, place.process)
     # One that was not there before learns from the first one's file how many there were.
     any_file = own if own.exists() else _file(directory, 0)
     if not any_file.exists():
         logger.warning("%s has no feedback state (%s): it starts empty, with a warm-up", directory, any_file.name)
         return None
     saved = torch.load(any_file, weights_only=True)
-    if saved["world_size"] == world and any_file == own:
+    counts = (saved["world_size"], saved.get("local_world_size", 1))
+    if counts == (place.processes, place.local_world_size) and any_file == own:
         state: dict[str, Any] = saved["state"]
         return state
     files = [_file(directory, other) for other in range(saved["world_size"])]
@@ -96,18 +103,20 @@ def _restored(directory: Path | None, rank: int, world: int) -> dict[str, Any] |
             f"{directory} lacks {', '.join(missing)}: for another number of workers each needs the feedback of all of them, "
             "so put all their files into it, or delete them all to start with none"
         )
-    return merge_states([torch.load(file, weights_only=True)["state"] for file in files], rank, world)
+    return place.of([torch.load(file, weights_only=True)["state"] for file in files])
 
 
-def register(trainer: Any, config: Config | None = None, **settings: Any) -> None:
+def register(trainer: Any, config: Config | None = None, *, local_group: Any | None = None, **settings: Any) -> None:
     """Averages the gradients of a ``Trainer`` (or of a class that extends it) through the shards instead of its process group.
 
     Call it before ``train``, which then also restores feedback from the checkpoint that it goes on from. ``config``, or settings of
     one by name (``density=0.05``), says what is computed. The Trainer's own AdamW squares what a row brings after some steps at
     once; ``Trainer(optimizer_cls_and_kwargs=(arc_topk.optim.AdamW, {"lr": 5e-5}), ...)`` takes one that does not.
+
+    ``local_group`` is that of :func:`arc_topk.register`.
     """
     base = importlib.import_module("transformers").TrainerCallback
-    callback = type("ArcTopK", (_Averaging, base), {})(trainer, Config.of(config, settings))
+    callback = type("ArcTopK", (_Averaging, base), {})(trainer, Config.of(config, settings), local_group)
     trainer.add_callback(callback)
     train = trainer.train
 
