@@ -98,6 +98,9 @@ class Follower(Exchange):
         self._workers = joined.workers
         self._rows: list[bytes | None] = [None] * len(self.names)
         self._leader = leader
+        # There is never anything to tell a shard.
+        self._lock = threading.Lock()
+        self._news = None
 
     @property
     def session(self) -> Any:  # type: ignore[override]  # what would use it is not to be called
