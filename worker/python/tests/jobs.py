@@ -59,15 +59,23 @@ def values(net: nn.Module) -> list[torch.Tensor]:
     return [parameter.detach().clone() for parameter in net.parameters()]
 
 
+# The process groups of the job before. PyTorch takes them away with Python's lock in hand, and waits for their threads, which may
+# wait for that lock to give back a tensor of a gathering that was just over: a deadlock. By the next job they have done so.
+_groups: list[Any] = []
+
+
 @contextlib.contextmanager
 def process_group() -> Any:
-    """Gloo's, and its end without PyTorch's deadlock: a thread of gloo's that gives back a tensor waits for Python's lock."""
+    """Gloo's."""
+    _groups.clear()
     dist.init_process_group("gloo")
     try:
         yield
         dist.barrier()
     finally:
         arc_topk.shutdown()
+        every: Any = dist.distributed_c10d._world
+        _groups.extend(every.pg_map)
         dist.destroy_process_group()
 
 
