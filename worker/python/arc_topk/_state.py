@@ -51,16 +51,23 @@ def open_exchange(
     state: Mapping[str, Any] | None = None,
     elastic: bool = False,
     gradients: bool = True,
+    beside: bool = False,
 ) -> Exchange:
     """Joins the job with these tensors. A process is one worker, and has one exchange at a time.
 
     ``gradients``: what is exchanged is the gradients of these tensors, so that optimizers may ask which of their rows came.
+    ``beside``: there is a process group, which could average them as well.
     """
     global _exchange
     if _exchange is not None:
         raise _native.ConfigError(
             "this process is a member of a job already, with the tensors of the model that was registered or wrapped: do that "
             "once; call arc_topk.shutdown() before it joins with others"
+        )
+    if config.mode == "auto" and not beside:
+        raise _native.ConfigError(
+            'mode is "auto", which compares the shards with a process group: it is for arc_topk.register(model) with a '
+            "DistributedDataParallel model; leave it out here"
         )
     _leave_when_asked_to_end()
     _exchange = Exchange(tensors, config, peers(), trainer=trainer, state=state, elastic=elastic)

@@ -90,7 +90,8 @@ def register(
 
     ``config``, or settings of one by name (``density=0.05``), says what is computed. With a ``GradScaler`` pass it as
     ``scaler``: feedback is then kept in unscaled gradients, and outlives changes of the scale. ``state`` is what
-    ``state_dict()`` of an earlier run's exchange gave on this rank.
+    ``state_dict()`` of an earlier run's exchange gave on this rank. With ``mode="auto"`` the process group goes on averaging
+    where that is faster; both ways are timed for it.
 
     The gradient clipping, accumulation under ``no_sync()`` and mixed precision of the script stay as they are.
     """
@@ -102,8 +103,12 @@ def register(
     # What else has such a method is wrapped by DDP's rules.
     module: Any = model.module
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    exchange = open_exchange(named, config, state=state)
-    hook = Hook(module, exchange, scaler)
+    exchange = open_exchange(named, config, state=state, beside=True)
     wrapped: Any = model
+    hook = Hook(module, exchange, scaler)
+    if config.mode == "auto":
+        from ._auto_hook import AutoHook  # noqa: PLC0415 - PyTorch may be built without torch.distributed
+
+        hook = AutoHook(module, exchange, scaler, wrapped.process_group)
     wrapped.register_comm_hook(hook, _ddp_hook)
     return exchange

@@ -14,6 +14,7 @@ is not measured again. The model has the shapes of a LLaMA and a backward that c
     powersgd-RANK       PyTorch's PowerSGD hook
     shards              dense averaging through the shards
     arc-DENSITY-WIRE    arc_topk.register(density=…, wire_up=wire_down=…)
+    auto-DENSITY-WIRE   the same with mode="auto": that, or all-reduce, whichever is faster; what it chose is in results.jsonl
 """
 
 from __future__ import annotations

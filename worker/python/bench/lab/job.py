@@ -60,7 +60,7 @@ class Job:
 
     def __enter__(self) -> Job:
         try:
-            if self._arm.split("-")[0] in ("arc", "shards"):
+            if self._arm.split("-")[0] in ("arc", "auto", "shards"):
                 self._start_shards()
             self._start_workers()
             self.gradient_bytes = self._answers()[0]["gradient"]
