@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shapes import SHAPES, SideBySide
+from shapes import SideBySide, shape_of
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.nn.parallel import DistributedDataParallel
@@ -129,10 +129,10 @@ class Worker:
     def __init__(self, arm: str, shape: str) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.model = SideBySide(*SHAPES[shape])
+        self.model = SideBySide(*shape_of(shape))
         self.net, self.exchange = averaged(self.model, arm)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        hidden, intermediate, *_ = SHAPES[shape]
+        hidden, intermediate, *_ = shape_of(shape)
         torch.manual_seed(1 + dist.get_rank())
         self.inputs = [torch.randn(4, max(hidden, intermediate)) for _ in range(16)]
         self.done = 0
