@@ -52,8 +52,6 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 	  wait "$$fetching"
 	@$(MAKE) --no-print-directory --jobs=2 unit docs deny kernels-check python-lint python
 	@$(MAKE) --no-print-directory --jobs=2 pytest k8s-test where-possible
-	@if command -v apt-get > /dev/null; then $(MAKE) --no-print-directory dashboards-test; \
-	  else echo 'make test: NOT TESTED: dashboards, which want Debian 12 (its Prometheus is fetched with apt-get)'; fi
 	@echo 'make test: format, lints, tests, documentation, dependencies, CUDA kernels, the Python package, the chart and dashboards are in order'
 
 # What needs programs that a machine may lack; it says what was not tested.
@@ -61,6 +59,8 @@ test: ## all that must pass before a change is merged: what .ci/run calls
 where-possible:
 	@$(PYTHON) worker/examples/instructions.py --where-possible
 	@$(PYTHON) k8s/images/check.py --tested --where-possible
+	@if command -v apt-get > /dev/null; then $(MAKE) --no-print-directory --jobs=1 dashboards-test; \
+	  else echo 'make test: NOT TESTED: dashboards, which want Debian 12 (its Prometheus is fetched with apt-get)'; fi
 
 .PHONY: fmt-check
 fmt-check:
@@ -236,6 +236,11 @@ bench-links: python ## step times over links of a rate, beside gloo, bf16 and Po
 	'$(VENV)/bin/pip' install --quiet --disable-pip-version-check --requirement worker/python/bench/requirements.txt
 	$(CARGO) build --locked --release -p arc-topk-ps --bin arc-ps
 	'$(VENV)/bin/python' worker/python/bench/links.py --programs '$(abspath $(TARGET_DIR))/release' $(ARGS)
+
+.PHONY: bench-scale
+bench-scale: ## what a step costs up to 256 workers and their shards, all on this machine
+	$(CARGO) build --locked --release -p arc-topk-ps --bin arc-ps
+	$(CARGO) bench --locked -p arc-topk-worker --bench scale -- --program '$(abspath $(TARGET_DIR))/release/arc-ps' $(ARGS)
 
 .PHONY: bench-overhead
 bench-overhead: PROFILE := release

@@ -10,12 +10,13 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
 from . import _gpu, _native
+from ._auto import Auto
 from ._tensors import dtype_name, is_dense
 from .config import Config, Peers
 
@@ -38,6 +39,10 @@ class Summary:
     wait_seconds: float = 0.0
     density: float = 1.0
     captured_energy: float | None = None
+    #: Steps that the process group averaged (``mode="auto"``). Nothing else here counts them.
+    all_reduced: int = 0
+    #: What ``mode="auto"`` chose last, and why.
+    choice: str | None = None
 
     def add(self, outcome: _native.Outcome) -> None:
         self.steps += 1
@@ -105,6 +110,12 @@ class Exchange:
         self.summary = Summary()
         #: Whether what is exchanged is the gradients of the tensors.
         self.carries_gradients = True
+        #: Called before the state is exported.
+        self.before_export: Callable[[], None] = lambda: None
+        #: What decides where gradients go, with ``mode="auto"``.
+        self.auto: Auto | None = None
+        # Whether the last gradients came whole, by other means.
+        self._whole = False
         self._lock = threading.Lock()
         self._news: _News | None = None
         self._loss: float | torch.Tensor | None = None
@@ -112,6 +123,8 @@ class Exchange:
         if state is not None:
             check_state(state)
         step, update = (0, 0) if state is None else (state["step"], state["update"])
+        #: Updates that were made before the next step: all steps that were not skipped.
+        self.update: int = update
         options = {
             "peers": peers.native(),
             "job": peers.job,
@@ -193,9 +206,11 @@ class Exchange:
         would have it: a GradScaler skips the optimizer's step.
         """
         outcome = self.session.finish()
+        self._whole = False
         with self._lock:
             self.summary.add(outcome)
             self.step = outcome.step + 1
+            self.update = outcome.update + (not outcome.skipped)
             now = time.monotonic()
             self._news = _News(outcome.step, now - self._ended, outcome.wait_seconds)
             self._ended = now
@@ -226,12 +241,23 @@ class Exchange:
         self._judge()
         return outcome
 
+    def passed(self) -> None:
+        """The gradients of an update are averaged by other means, on all workers alike, instead of in a step."""
+        self.session.pass_update()
+        self._whole = True
+        with self._lock:
+            self.summary.all_reduced += 1
+            self.update += 1
+            # The next step's time is its own.
+            self._ended = time.monotonic()
+
     def fresh_rows(self, index: int) -> torch.Tensor | None:
         """Rows of the last result that came, ascending; ``None`` for all of them."""
-        return to_rows(self.session.rows(index))
+        return None if self._whole else to_rows(self.session.rows(index))
 
     def state_dict(self) -> dict[str, Any]:
         """Step and feedback state of this rank, for ``state=`` of the next start."""
+        self.before_export()
         step, update, arrays = self.session.export_state()
         tensors = {name: _to_tensor(values) for name, values in arrays}
         return {"step": step, "update": update, "arrays": tensors}

@@ -43,6 +43,7 @@ class _Joined:
 class _Came:
     """What came of a step."""
 
+    #: The next ones.
     step: int
     update: int
     skipped: bool
@@ -56,7 +57,7 @@ class _Came:
     def of(cls, outcome: _native.Outcome, exchange: Exchange) -> _Came:
         rows = [] if outcome.skipped else [exchange.session.rows(index) for index in range(len(exchange.names))]
         workers = exchange.world_size
-        return cls(outcome.step, outcome.update, outcome.skipped, outcome.density, outcome.captured_energy, workers, rows)
+        return cls(exchange.step, exchange.update, outcome.skipped, outcome.density, outcome.captured_energy, workers, rows)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,10 +92,11 @@ class Follower(Exchange):
         self.gpu = None
         self.summary = Summary()
         self.carries_gradients = True
+        self.auto = None
         self.step = joined.step
         self.rank = joined.rank
         self.widths = joined.widths
-        self._update = joined.update
+        self.update = joined.update
         self._workers = joined.workers
         self._rows: list[bytes | None] = [None] * len(self.names)
         self._leader = leader
@@ -117,10 +119,9 @@ class Follower(Exchange):
         self.summary.skipped += came.skipped
         self.summary.density = came.density
         self.summary.captured_energy = came.captured_energy
-        self.step = came.step + 1
+        self.step, self.update = came.step, came.update
         self._workers = came.workers
         if not came.skipped:
-            self._update = came.update + 1
             self._rows = came.rows
 
     def fresh_rows(self, index: int) -> torch.Tensor | None:
@@ -128,7 +129,7 @@ class Follower(Exchange):
 
     def state_dict(self) -> dict[str, Any]:
         """The step, and that this process followed: what was not sent yet is the leader's."""
-        return {"step": self.step, "update": self._update, "arrays": {}, "follower": True}
+        return {"step": self.step, "update": self.update, "arrays": {}, "follower": True}
 
     def report(self, loss: float | torch.Tensor) -> None:
         """Nothing: shards hear of the leader's loss."""
@@ -160,8 +161,7 @@ def join(
     except BaseException as error:
         group.tell(_Failed.of(error))
         raise
-    update = 0 if state is None else state["update"]
-    group.tell(_Joined(exchange.step, update, exchange.rank, exchange.world_size, exchange.widths))
+    group.tell(_Joined(exchange.step, exchange.update, exchange.rank, exchange.world_size, exchange.widths))
     return exchange
 
 

@@ -55,13 +55,20 @@ def open_exchange(
     state: Mapping[str, Any] | None = None,
     elastic: bool = False,
     gradients: bool = True,
+    beside: bool = False,
     machine: tuple[int, int] | None = None,
 ) -> Exchange:
     """Joins the job with these tensors. A process is one worker, and has one exchange at a time.
 
     ``gradients``: what is exchanged is the gradients of these tensors, so that optimizers may ask which of their rows came.
+    ``beside``: there is a process group, which could average them as well.
     ``machine``: the process speaks for all of its machine, which is this one of so many.
     """
+    if config.mode == "auto" and not beside:
+        raise _native.ConfigError(
+            'mode is "auto", which compares the shards with a process group: it is for arc_topk.register(model) with a '
+            "DistributedDataParallel model; leave it out here"
+        )
 
     def join() -> Exchange:
         where = peers() if machine is None else _as_machine(peers(), *machine)

@@ -12,8 +12,9 @@ from typing import Any
 
 from ._native import ConfigError
 
-# Kept out of the plan's algorithm: how densities are given to single tensors, and what each worker decides for itself.
-_NOT_ALGORITHM = ("densities", "device")
+# Kept out of the plan's algorithm: how densities are given to single tensors, what each worker decides for itself, and what the
+# shards have no part in.
+_NOT_ALGORITHM = ("densities", "device", "mode")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +72,13 @@ class Config:
     #: Where this worker compresses: ``cuda``, on the GPU that the tensors are on; ``cpu``, where gradients of a GPU are copied to;
     #: ``auto``, the GPU if it can be used. Workers may differ in it.
     device: str = "auto"
+    #: ``arc``: gradients go through the shards. ``auto``, for DistributedDataParallel: both they and the process group's own
+    #: all-reduce are timed, and the faster way is taken, again whenever the times of steps change.
+    mode: str = "arc"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("arc", "auto"):
+            raise ConfigError(f"mode is {self.mode!r}: it must be arc or auto")
 
     @classmethod
     def of(cls, config: Config | None, settings: Mapping[str, Any]) -> Config:

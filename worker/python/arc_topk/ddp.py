@@ -82,7 +82,8 @@ def register(
 
     ``config``, or settings of one by name (``density=0.05``), says what is computed. With a ``GradScaler`` pass it as
     ``scaler``: feedback is then kept in unscaled gradients, and outlives changes of the scale. ``state`` is what
-    ``state_dict()`` of an earlier run's exchange gave on this rank.
+    ``state_dict()`` of an earlier run's exchange gave on this rank. With ``mode="auto"`` the process group goes on averaging
+    where that is faster; both ways are timed for it.
 
     ``local_group`` makes the processes of a machine one worker: each bucket is averaged among them first, and one of them, the
     leader, speaks with the shards, so that the network carries one worker's bytes for all. It is ``"node"`` under torchrun, or a
@@ -100,13 +101,23 @@ def register(
     # What else has such a method is wrapped by DDP's rules.
     module: Any = model.module
     named = [(name, p) for name, p in module.named_parameters() if p.requires_grad]
-    if local_group is None:
-        exchange = open_exchange(named, config, state=state)
-        hook: Any = Hook(module, exchange, scaler)
-    else:
+    wrapped: Any = model
+    hook: Any
+    if local_group is not None:
+        if config.mode == "auto":
+            raise _native.ConfigError(
+                'mode is "auto", which compares the shards with the process group of all processes: it does not know local_group, '
+                "so leave one of them out"
+            )
         group = LocalGroup.agreed(local_group)
         exchange = _machine.join(group, named, config, state)
         hook = _machine.LocalHook(module, exchange, group, scaler)
-    wrapped: Any = model
+    else:
+        exchange = open_exchange(named, config, state=state, beside=True)
+        hook = Hook(module, exchange, scaler)
+        if config.mode == "auto":
+            from ._auto_hook import AutoHook  # noqa: PLC0415 - PyTorch may be built without torch.distributed
+
+            hook = AutoHook(module, exchange, scaler, wrapped.process_group)
     wrapped.register_comm_hook(hook, _ddp_hook)
     return exchange

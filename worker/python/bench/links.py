@@ -14,6 +14,7 @@ is not measured again. The model has the shapes of a LLaMA and a backward that c
     powersgd-RANK       PyTorch's PowerSGD hook
     shards              dense averaging through the shards
     arc-DENSITY-WIRE    arc_topk.register(density=…, wire_up=wire_down=…)
+    auto-DENSITY-WIRE   the same with mode="auto": that, or all-reduce, whichever is faster; what it chose is in results.jsonl
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ import torch
 from lab import report
 from lab.job import Job, Setting, machine
 from lab.network import LabError, Link, Network, check
-from shapes import SHAPES
+from shapes import shape_of
 
 ARMS = "dense,bf16,powersgd-4,powersgd-32,shards,arc-0.05-bf16,arc-0.2-int4"
 UNITS = {"kbit": 1e3, "mbit": 1e6, "gbit": 1e9}
@@ -52,11 +53,20 @@ def listed(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return lambda text: [kind(part) for part in text.split(",")]
 
 
+def shape(name: str) -> str:
+    """A name of a shape."""
+    try:
+        shape_of(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return name
+
+
 def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--arms", type=listed(str), default=ARMS.split(","), help=f"(default: {ARMS})")
-    add("--shape", choices=SHAPES, default="60m", help="of LLaMA (default: 60m)")
+    add("--shape", type=shape, default="60m", help="of LLaMA: 60m, 130m, 350m, 1b, or with fewer layers as 1b-12 (default: 60m)")
     add("--workers", type=listed(int), default=[4], help="(default: 4)")
     add("--shards", type=int, default=0, help="0: one for each worker (default)")
     add("--apart", action="store_true", help="shards on hosts of their own")

@@ -14,6 +14,20 @@ SHAPES = {
 }
 
 
+def shape_of(name: str) -> tuple[int, int, int, int]:
+    """By a name of :data:`SHAPES`, or one with fewer layers: ``1b-12`` is the 1B's with 12 of its 24.
+
+    Raises ValueError, which says what there is.
+    """
+    known, _, layers = name.partition("-")
+    if known not in SHAPES or (layers and not layers.isdecimal()):
+        raise ValueError(f"{name!r} is no shape: {', '.join(SHAPES)}, or one of them with fewer layers, as 1b-12")
+    hidden, intermediate, most, vocabulary = SHAPES[known]
+    if layers and not 1 <= int(layers) <= most:
+        raise ValueError(f"{name!r}: {known} has 1 to {most} layers")
+    return hidden, intermediate, int(layers or most), vocabulary
+
+
 class SideBySide(nn.Module):
     """Linear layers of the shapes of a LLaMA, and its norms; backward costs little more than writing the gradients."""
 

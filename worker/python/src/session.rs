@@ -169,6 +169,13 @@ fn log(py: Python<'_>, (level, text): &Line) -> PyResult<()> {
     logger.call_method1(*level, ("%s", text)).map(drop)
 }
 
+/// Little-endian f32 from Python.
+fn floats(bytes: &[u8]) -> Vec<f32> {
+    let (values, _) = bytes.as_chunks::<4>();
+    let values = values.iter();
+    values.map(|value| f32::from_le_bytes(*value)).collect()
+}
+
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -474,16 +481,9 @@ impl Session {
         update: u64,
         arrays: Vec<(String, Vec<u8>)>,
     ) -> PyResult<()> {
-        let values = |bytes: &[u8]| -> Vec<f32> {
-            let (values, _) = bytes.as_chunks::<4>();
-            values
-                .iter()
-                .map(|value| f32::from_le_bytes(*value))
-                .collect()
-        };
         let arrays = arrays
             .iter()
-            .map(|(name, bytes)| (name.clone(), values(bytes)));
+            .map(|(name, bytes)| (name.clone(), floats(bytes)));
         let state = WorkerState {
             step: Step(step),
             update,
@@ -494,6 +494,29 @@ impl Session {
                 .import_state(state)
                 .map_err(|error| reducing(&error))
         })
+    }
+
+    /// One update's gradients were averaged by other means, on all workers alike.
+    fn pass_update(&self, py: Python<'_>) -> PyResult<()> {
+        self.with(py, |held| {
+            held.reducer.pass_update().map_err(|error| reducing(&error))
+        })
+    }
+
+    /// Replaces what was not sent of a tensor, little-endian f32, by `values` (none: zeros), and returns what there was.
+    fn swap_residual<'py>(
+        &self,
+        py: Python<'py>,
+        tensor: u32,
+        values: &[u8],
+    ) -> PyResult<Bound<'py, PyBytes>> {
+        let values = floats(values);
+        let held = self.with(py, |held| {
+            let swapped = held.reducer.swap_residual(TensorId(tensor), values);
+            swapped.map_err(|error| reducing(&error))
+        })?;
+        let bytes: Vec<u8> = held.iter().flat_map(|v| v.to_le_bytes()).collect();
+        Ok(PyBytes::new(py, &bytes))
     }
 
     /// SHA-256 of all parameters before `step`, the next one, for shard 0 to compare with those of the others. Best effort.

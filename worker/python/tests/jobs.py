@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -14,6 +16,8 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 import arc_topk
+from arc_topk import _auto_hook
+from arc_topk._auto import Choice, Way
 
 DENSE: dict[str, Any] = {"compressor": "dense", "wire_dense": "f32"}
 # Everything travels, and nothing is rounded on the way.
@@ -127,6 +131,60 @@ def reduced(rank: int, steps: int) -> list[list[torch.Tensor]]:
     summary = arc_topk.summary()
     assert summary.steps == steps and summary.bytes_sent > 0
     arc_topk.shutdown()
+    return got
+
+
+class Scripted:
+    """In the place of :class:`Auto`: some steps through the shards, then the group is chosen."""
+
+    def __init__(self, steps: int) -> None:
+        self.way = Way.SHARDS
+        self.left = steps
+
+    def begin(self, _update: int, _seconds: float | None) -> Choice | None:
+        self.left -= 1
+        if self.left != -1:
+            return None
+        self.way = Way.GROUP
+        return Choice(self.way, {}, "because the script says so")
+
+
+def both_ways(rank: int, steps: int) -> dict[str, Any]:
+    """Sums of gradients, through the shards and then by the process group, whose first step brings a NaN."""
+    weight = torch.nn.Parameter(torch.zeros(32, 8))
+    net = nn.Module()
+    net.register_parameter("weight", weight)
+    net.forward = lambda given: (weight * given).sum()
+    dense = torch.zeros(32, 8)
+    got: dict[str, Any] = {"rows": []}
+
+    def sum_up(wrapped: nn.Module, step: int, spoiled: bool = False) -> None:
+        given = [torch.randn(32, 8, generator=torch.Generator().manual_seed(10 * step + of)) for of in range(2)]
+        net.zero_grad()
+        wrapped(given[rank] * (math.nan if spoiled and rank == 0 else 1.0)).backward()
+        assert weight.grad is not None
+        if torch.isfinite(weight.grad).all():
+            weight.data -= weight.grad
+            dense.sub_(sum(given) / 2)
+
+    def held(exchange: arc_topk.Exchange) -> float:
+        return sum(float(values.abs().sum()) for values in exchange.state_dict()["arrays"].values())
+
+    with process_group(), mock.patch.object(_auto_hook, "Auto", return_value=Scripted(steps)):
+        wrapped = DistributedDataParallel(net)
+        exchange = arc_topk.register(wrapped, **SPARSE, mode="auto")
+        for step in range(steps):
+            sum_up(wrapped, step)
+        got["rows"].append(arc_topk.fresh_rows(weight) is None)
+        got |= {"before": weight.detach().clone(), "dense_before": dense.clone(), "held_before": held(exchange)}
+        got["held_again"] = got["held_before"]
+        sum_up(wrapped, steps, spoiled=True)
+        got["held_after_nan"] = held(exchange)
+        sum_up(wrapped, steps + 1)
+        got["held"] = held(exchange)
+        sum_up(wrapped, steps + 2)
+        got["rows"].append(arc_topk.fresh_rows(weight) is None)
+        got |= {"after": weight.detach().clone(), "dense_after": dense.clone(), "all_reduced": exchange.summary.all_reduced}
     return got
 
 

@@ -79,14 +79,14 @@ def of_means(rank: int, steps: int) -> dict[str, Any]:
 
 
 def refused(_: int) -> list[str]:
-    """What is said of groups of one and of two processes, and of a group that is not known."""
+    """What is said of groups of one and of two processes, of a group that is not known, and of mode auto."""
     with jobs.process_group():
         wrapped = DistributedDataParallel(jobs.model())
         own, _ = dist.new_subgroups_by_enumeration([[0], [1, 2]])
         said = []
-        for group in (own, "node"):
+        for group, mode in ((own, "arc"), ("node", "arc"), (own, "auto")):
             try:
-                arc_topk.register(wrapped, local_group=group)
+                arc_topk.register(wrapped, local_group=group, mode=mode)
             except arc_topk.ConfigError as error:
                 said.append(str(error))
         return said

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench"))
 
 from lab import forwarder, network, report
 from lab.network import Link
+from shapes import shape_of
 
 
 def frame(target: int, size: int = 976) -> bytes:
@@ -96,3 +97,11 @@ def test_table_takes_the_control_off():
 def test_links_in_words():
     assert Link(2e8, 10.0, 0.001).words == "200 Mbit/s, 10 ms, 0.1 % lost"
     assert Link().words == "unshaped"
+
+
+def test_shapes_may_have_fewer_layers():
+    assert shape_of("1b") == (2048, 5461, 24, 32000)
+    assert shape_of("1b-12") == (2048, 5461, 12, 32000)
+    for wrong in ("2b", "1b-x", "60m-9", "60m-0"):
+        with pytest.raises(ValueError, match="60m"):
+            shape_of(wrong)

@@ -89,6 +89,7 @@ def test_groups_that_differ_in_size_are_refused_on_all(shards, workers):
     for said in workers.run(shards(1, 1), 3, machines.refused):
         assert "1 and 2 processes" in said[0] and "--nproc-per-node" in said[0]
         assert "LOCAL_WORLD_SIZE" in said[1] and "new_subgroups" in said[1]
+        assert "leave one of them out" in said[2]
 
 
 def test_groups_are_a_partition():

@@ -240,6 +240,34 @@ impl QuicReducer {
             .set_measure_every(steps);
     }
 
+    /// One update's gradients were averaged by other means, on all workers alike: see [`StepMachine::pass_update`].
+    ///
+    /// # Errors
+    /// If a step is open.
+    pub fn pass_update(&mut self) -> Result<(), ReduceError> {
+        let mut core = self.shared.core();
+        Ok(core.member.machine_mut().pass_update()?)
+    }
+
+    /// Replaces what this worker has not sent of a tensor: see [`StepMachine::swap_residual`].
+    ///
+    /// # Errors
+    /// As there, or if there is no such tensor.
+    pub fn swap_residual(
+        &mut self,
+        tensor: TensorId,
+        values: Vec<f32>,
+    ) -> Result<Vec<f32>, ReduceError> {
+        if tensor.index() >= self.plan.tensors.len() {
+            return Err(ReduceError::Step(StepError::UnknownTensor {
+                tensor: tensor.0,
+                tensors: self.plan.tensors.len(),
+            }));
+        }
+        let mut core = self.shared.core();
+        Ok(core.member.machine_mut().swap_residual(tensor, values)?)
+    }
+
     /// The step that a gradient is for.
     fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<Step, ReduceError> {
         let Some(planned) = self.plan.tensors.get(tensor.index()) else {

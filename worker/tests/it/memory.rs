@@ -10,6 +10,7 @@ use arc_topk_common::ids::{Rank, ShardId, Step, TensorId};
 use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::memory::{MemoryCluster, MemoryError, MemoryOptions};
 use arc_topk_worker::reducer::Reducer;
+use arc_topk_worker::step::{ImportError, StepOutcome};
 use half::{bf16, f16};
 
 #[test]
@@ -368,6 +369,59 @@ fn a_saved_state_continues_to_the_bit() {
             );
         }
     }
+}
+
+#[test]
+fn updates_that_are_averaged_elsewhere_end_the_warm_up() {
+    let algorithm = AlgorithmConfig {
+        warmup_updates: 3,
+        ..algorithm(Feedback::Ef14, 0.25)
+    };
+    let spec = spec(algorithm, 2, model());
+    let mut cluster = cluster(&spec, 2);
+    let density = |outcomes: &[Option<StepOutcome>]| outcomes[0].unwrap().stats.density;
+    let first = step(&mut cluster, &gradients(&spec, 2, 0));
+    assert_eq!(density(&first), 1.0);
+    for rank in 0..2 {
+        let machine = cluster.worker_mut(Rank(rank)).unwrap();
+        machine.pass_update().unwrap();
+        machine.pass_update().unwrap();
+        assert_eq!((machine.step(), machine.update()), (Step(1), 3));
+    }
+    let second = step(&mut cluster, &gradients(&spec, 2, 1));
+    assert!(density(&second) < 0.5, "the shards followed");
+}
+
+#[test]
+fn what_was_not_sent_can_be_taken_and_put_back() {
+    let spec = spec(algorithm(Feedback::Ef14, 0.25), 2, model());
+    let mut cluster = cluster(&spec, 2);
+    for number in 0..2 {
+        step(&mut cluster, &gradients(&spec, 2, number));
+    }
+    let before = state(&cluster, 0);
+    assert!(!before.arrays.is_empty());
+    for tensor in 0..spec.tensors.len() {
+        let id = TensorId(tensor as u32);
+        let name = format!("residual/{}", spec.tensors[tensor].name);
+        let kept = array(&cluster, 0, &name).unwrap_or_default();
+        let machine = cluster.worker_mut(Rank(0)).unwrap();
+        let taken = machine.swap_residual(id, Vec::new()).unwrap();
+        assert_eq!(bits(&taken), bits(&kept), "{name}");
+        let wrong = machine.swap_residual(id, vec![1.0; kept.len() + 1]);
+        assert!(matches!(wrong, Err(ImportError::Length { .. })), "{name}");
+        if !kept.is_empty() {
+            let left = array(&cluster, 0, &name).unwrap_or_default();
+            assert!(left.iter().all(|x| *x == 0.0), "{name}");
+        }
+        let machine = cluster.worker_mut(Rank(0)).unwrap();
+        machine.swap_residual(id, taken).unwrap();
+    }
+    assert_eq!(state(&cluster, 0), before);
+    let machine = cluster.worker_mut(Rank(0)).unwrap();
+    machine.begin();
+    assert_eq!(machine.pass_update(), Err(ImportError::StepOpen));
+    assert!(machine.swap_residual(TensorId(0), Vec::new()).is_err());
 }
 
 #[test]

@@ -174,7 +174,7 @@ impl Honest {
     fn closed(&mut self, code: RefusalCode, detail: &str) {
         self.refused = true;
         let others_update = detail.contains("schedules have come apart")
-            || detail.contains("an update number grows by at most one a step");
+            || detail.contains("an update number never falls");
         let without_it = self.disturbed && code == RefusalCode::Superseded;
         let too_few = code == RefusalCode::TooFewWorkers;
         let runs_already = self.place.is_none() && code == RefusalCode::World;

@@ -44,7 +44,9 @@ class Setting:
     def words(self) -> str:
         """For tables."""
         where = "on the workers' hosts" if self.colocated else "on hosts of their own"
-        return f"LLaMA-{self.shape.upper()} shapes, {self.workers} workers, {self.shards} shards {where}"
+        name, _, layers = self.shape.upper().partition("-")
+        shapes = f"LLaMA-{name} shapes" + (f" with {layers} layers" if layers else "")
+        return f"{shapes}, {self.workers} workers, {self.shards} shards {where}"
 
 
 class Job:
@@ -60,7 +62,7 @@ class Job:
 
     def __enter__(self) -> Job:
         try:
-            if self._arm.split("-")[0] in ("arc", "shards"):
+            if self._arm.split("-")[0] in ("arc", "auto", "shards"):
                 self._start_shards()
             self._start_workers()
             self.gradient_bytes = self._answers()[0]["gradient"]

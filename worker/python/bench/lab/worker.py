@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from shapes import SHAPES, SideBySide
+from shapes import SideBySide, shape_of
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks
 from torch.distributed.algorithms.ddp_comm_hooks import powerSGD_hook as powersgd
 from torch.nn.parallel import DistributedDataParallel
@@ -28,6 +28,8 @@ import arc_topk
 #: Steps before anything is measured: DDP settles its buckets in the first, PowerSGD compresses from the third on.
 WARM_UP = 4
 SAMPLED_EVERY = 0.02
+#: Steps after which one that chooses its way has noticed a change.
+CALM = 8
 
 
 @dataclasses.dataclass
@@ -48,6 +50,8 @@ class Measured:
     wait: float = 0.0
     #: Bytes a step that the exchange counts as its own, both ways.
     payload: float = 0.0
+    #: What mode="auto" chose, and why.
+    choice: str | None = None
     #: Seconds since the first step began, bytes sent and received until then.
     samples: list[tuple[float, int, int]] = dataclasses.field(default_factory=list)
 
@@ -110,6 +114,10 @@ def averaged(model: SideBySide, arm: str) -> tuple[DistributedDataParallel, arc_
     elif kind == "arc":
         density, wire = more
         return net, arc_topk.register(net, density=float(density), wire_up=wire, wire_down=wire, warmup_updates=1)
+    elif kind == "auto":
+        density, wire = more
+        settings: dict[str, Any] = {"density": float(density), "wire_up": wire, "wire_down": wire, "mode": "auto"}
+        return net, arc_topk.register(net, warmup_updates=1, **settings)
     elif kind != "dense":
         raise SystemExit(f"there is no arm {arm}")
     return net, None
@@ -121,10 +129,10 @@ class Worker:
     def __init__(self, arm: str, shape: str) -> None:
         torch.set_num_threads(1)
         torch.manual_seed(0)
-        self.model = SideBySide(*SHAPES[shape])
+        self.model = SideBySide(*shape_of(shape))
         self.net, self.exchange = averaged(self.model, arm)
         self.optimizer = torch.optim.SGD(self.model.parameters(), lr=1e-3)
-        hidden, intermediate, *_ = SHAPES[shape]
+        hidden, intermediate, *_ = shape_of(shape)
         torch.manual_seed(1 + dist.get_rank())
         self.inputs = [torch.randn(4, max(hidden, intermediate)) for _ in range(16)]
         self.done = 0
@@ -141,6 +149,11 @@ class Worker:
     def measure(self, settle: int, most: int, seconds: float) -> Measured:
         """Steps over a link that has just been changed: some to settle, then at most so many as fit into the time, two at least."""
         last = [self.step() for _ in range(settle)][-1]
+        # One that chooses its way must notice the change, and choose: all workers do so alike.
+        calm = 0
+        while self.exchange is not None and self.exchange.auto is not None and calm < CALM:
+            last = self.step()
+            calm = calm + 1 if self.exchange.auto.settled else 0
         wanted = torch.tensor([min(max(2, round(seconds / last)), most)])
         # All must do as many; and no worker is a step ahead when the first begins.
         dist.broadcast(wanted, 0)
@@ -166,6 +179,7 @@ class Worker:
             now = self.exchange.summary
             measured.compress = (now.compress_seconds - before.compress_seconds) / steps
             measured.wait = (now.wait_seconds - before.wait_seconds) / steps
+            measured.choice = now.choice
             measured.payload = (now.bytes_sent + now.bytes_received - before.bytes_sent - before.bytes_received) / steps
         return measured
 
