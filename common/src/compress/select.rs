@@ -57,7 +57,7 @@ pub fn select_energy(scores: &[f64], k: usize, energy: f32) -> Vec<u32> {
     }
     let mut best = lowest_keys(scores.iter().map(|score| descending(*score)), k);
     best.sort_unstable();
-    let mut goal = Goal::new(energy, scores.iter().sum());
+    let mut goal = Goal::new(energy, scores.iter());
     let reached = |(_, row): &(u64, u32)| goal.reached_with(scores[*row as usize]);
     if let Some(last) = best.iter().position(reached) {
         best.truncate(last + 1);
@@ -73,9 +73,9 @@ struct Goal {
 }
 
 impl Goal {
-    fn new(energy: f32, total: f64) -> Self {
+    fn new<'a>(energy: f32, scores: impl Iterator<Item = &'a f64>) -> Self {
         Self {
-            wanted: (energy < 1.0).then_some(f64::from(energy) * total),
+            wanted: (energy < 1.0).then(|| f64::from(energy) * scores.sum::<f64>()),
             chosen: 0.0,
         }
     }
@@ -121,7 +121,7 @@ pub fn select_pooled(segments: &[PooledSegment<'_>], budget: usize, energy: f32)
     candidates.sort_unstable();
     let mut chosen = vec![Vec::new(); segments.len()];
     let mut left = budget;
-    let mut goal = Goal::new(energy, segments.iter().flat_map(|s| s.scores).sum());
+    let mut goal = Goal::new(energy, segments.iter().flat_map(|s| s.scores));
     for (position, (_, index, row)) in candidates.into_iter().enumerate() {
         let PooledSegment { scores, width } = segments[index];
         if width <= left || position == 0 {
