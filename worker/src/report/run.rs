@@ -383,7 +383,7 @@ mod tests {
             config: serde_json::json!({"algorithm": {"energy": energy, "warmup_updates": 1, "ramp_updates": updates - 1}}),
             ..RunSummary::default()
         };
-        let run = |summary| Run::new(Some(summary), &[steps.clone()], "x".into());
+        let run = |summary| Run::new(Some(summary), std::slice::from_ref(&steps), "x".into());
         assert!((run(summary(0.9, 1)).steady_ratio().unwrap() - 0.2).abs() < 1e-12);
         assert!((run(summary(0.9, 4)).steady_ratio().unwrap() - 0.3).abs() < 1e-12);
         assert_eq!(run(summary(0.9, 5)).steady_ratio(), None);

@@ -35,7 +35,7 @@ type Case<'a> = (&'a [&'a str], i32, &'a [&'a str]);
 
 #[test]
 fn bad_settings_are_explained() {
-    let cases: [Case<'_>; 11] = [
+    let cases: [Case<'_>; 12] = [
         (&["local", "--density", "0"], 2, &["density", "above 0"]),
         (
             &["local", "--density", "1.5"],
