@@ -29,6 +29,8 @@ PROGRAMS   := $(CARGO) test --quiet --locked --workspace --no-run --test it
 
 # What the long run of bench-loss compares: dense training, and the defaults.
 LONG_CELLS := 'dense adamw,arc ef14 d0.2 int4 catchup20 sketch-int8 warm-int8'
+# What its runs by energy compare: dense training, two densities, and what an energy makes of them.
+ENERGY_CELLS := 'dense adamw,catchup20 sketch-int8 warm-int8,energy'
 
 .PHONY: help
 help: ## list the targets
@@ -224,6 +226,7 @@ bench-loss: ## losses by compressor, feedback, optimizer, density and wire type 
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
 	  --validate-every 100 --rates 0.0005,0.001,0.002 --cells $(LONG_CELLS) $(ARGS)
+	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_energy --rates 0.001,0.002 --only $(ENERGY_CELLS) $(ARGS)
 
 .PHONY: bench-compare
 bench-compare: python ## losses and bytes in PyTorch beside all-reduce, the bf16 hook and PowerSGD (an hour or two; goes on where it stopped)

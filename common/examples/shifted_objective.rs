@@ -172,6 +172,7 @@ fn round(method: Method, step: u64) -> Round<'static> {
         } else {
             RoundKind::Sparse { density: DENSITY }
         },
+        energy: 1.0,
         params: FeedbackParams {
             eta: 1.0 - MOMENTUM,
             decay: 1.0,

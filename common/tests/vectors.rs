@@ -160,6 +160,7 @@ fn check(name: &str, kernels: &dyn Kernels) {
                 kernels,
                 compressor: Compressor::Arc,
                 kind,
+                energy: 1.0,
                 params: FeedbackParams {
                     eta: config.eta,
                     decay: 1.0,

@@ -33,7 +33,7 @@ const now: Section = {
     stat({
       title: 'Captured energy',
       description:
-        'Share of the squared norm that the chosen rows hold, mean over shards. Much above the density is good. If it comes near the density, the choice is no better than chance: raise --density or --sketch-rank.',
+        'Share of the squared norm that the chosen rows hold, mean over shards. Much above the density is good. If it comes near the density, the choice is no better than chance: raise --density or --sketch-rank. Near --energy, where that is below 1: fewer rows than the density allows hold it.',
       unit: 'percentunit',
       decimals: 1,
       lines: [{ expr: over('avg', JOB, ofShards(`${chosen('arc_captured_energy_ratio')} > 0`)), legend: '{{job}}' }],
@@ -41,7 +41,8 @@ const now: Section = {
     }),
     stat({
       title: 'Density',
-      description: 'Share of the compressible elements that travelled in the latest round. 100 % in the warm-up, then what --density says.',
+      description:
+        'Share of the compressible elements that travelled in the latest round. 100 % in the warm-up, then what --density says; with an --energy below 1 at most that, and less where fewer rows hold the energy.',
       unit: 'percentunit',
       decimals: 1,
       lines: [{ expr: over('avg', JOB, ofShards(`${chosen('arc_density_ratio')} > 0`)), legend: '{{job}}' }],
@@ -138,7 +139,7 @@ const quality: Section = {
     series({
       title: 'Captured energy and density',
       description:
-        'The chosen rows hold this share of the gradient\'s energy, and are this share of its elements. The further apart the better. Captured energy sinking over hours: gradients have become flat; raise --density towards the end of training.',
+        'The chosen rows hold this share of the gradient\'s energy, and are this share of its elements. The further apart the better. Captured energy sinking over hours: gradients have become flat; raise --density towards the end of training. With an --energy below 1 the density moves: down where few rows hold that share, up to --density where gradients are flat.',
       unit: 'percentunit',
       min: 0,
       max: 1,

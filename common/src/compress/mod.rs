@@ -17,7 +17,8 @@ mod properties;
 
 pub use projection::projection;
 pub use select::{
-    PooledSegment, pooled_budget, randk_rows, rows_to_keep, score, select_pooled, select_top_k,
+    PooledSegment, pooled_budget, randk_rows, rows_to_keep, score, select_energy, select_pooled,
+    select_top_k,
 };
 
 use crate::config::algorithm::{Feedback, ProjectionKind, ValueType};

@@ -51,6 +51,7 @@ fn round(
         kernels: &Fast,
         compressor,
         kind: RoundKind::Sparse { density },
+        energy: 1.0,
         params: FeedbackParams {
             eta: 0.3,
             decay: 1.0,

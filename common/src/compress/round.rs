@@ -3,7 +3,7 @@
 //! For tests, examples and simulations; the bytes and the order of sums are those of the real system.
 
 use super::{FeedbackParams, Kernels, ProjectionKey, SketchShape, TensorState, ValueCodec};
-use super::{randk_rows, rows_to_keep, score, select_top_k};
+use super::{randk_rows, rows_to_keep, score, select_energy, select_top_k};
 use crate::config::algorithm::{Compressor, RoundKind};
 
 /// Codecs of the four kinds of values.
@@ -28,6 +28,8 @@ pub struct Round<'a> {
     pub compressor: Compressor,
     /// Dense, or sparse at a density.
     pub kind: RoundKind,
+    /// Share of the sketch's energy at which arc takes no more rows, in (0, 1]; 1 takes as many as the density allows.
+    pub energy: f32,
     /// Parameters of the feedback rule.
     pub params: FeedbackParams,
     /// Width, rank and distribution.
@@ -148,7 +150,7 @@ impl Round<'_> {
             .collect();
         let sketch_mean = mean(self.codecs.sketch, &sketches, rows * self.shape.rank);
         let scores = score(&sketch_mean, self.shape.rank);
-        let selected = select_top_k(&scores, keep);
+        let selected = select_energy(&scores, keep, self.energy);
         RoundTrace {
             sketch_mean,
             scores,

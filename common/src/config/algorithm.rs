@@ -114,6 +114,10 @@ pub struct AlgorithmConfig {
     /// for slow links; below 0.05 training lags visibly.
     #[arg(long, env = "ARC_DENSITY", default_value_t = Self::default().density)]
     pub density: f32,
+    /// Share of the averaged sketch's energy at which no more rows are chosen, in (0, 1]: of every tensor the fewest that
+    /// hold it, and at most what the density allows. 1 always sends the whole density. Compressor arc alone.
+    #[arg(long, env = "ARC_ENERGY", default_value_t = Self::default().energy)]
+    pub energy: f32,
     /// Rank r of the sketch that chooses the rows, 1..=64. Costs r values per row.
     #[arg(long, env = "ARC_SKETCH_RANK", default_value_t = Self::default().sketch_rank)]
     pub sketch_rank: u16,
@@ -174,6 +178,7 @@ impl Default for AlgorithmConfig {
             eta: 0.1,
             feedback_decay: 1.0,
             density: 0.2,
+            energy: 1.0,
             sketch_rank: 4,
             projection: ProjectionKind::Rademacher,
             selection: SelectionPolicy::PerTensor,
@@ -216,6 +221,7 @@ impl AlgorithmConfig {
     pub fn validate(&self) -> Result<(), SettingError> {
         let share = |v: f32| v > 0.0 && v <= 1.0;
         check_density(self.density)?;
+        self.validate_energy()?;
         let advice = "it is the weight of the newest gradient in ef21m's average; 0.1 is usual, 1 turns ef21m into ef21";
         require(
             share(self.eta),
@@ -290,6 +296,26 @@ impl AlgorithmConfig {
         self.validate_estimates()
     }
 
+    fn validate_energy(&self) -> Result<(), SettingError> {
+        let advice = "it is the share of the sketch's energy at which no more rows are chosen; 1 always sends the whole density, 0.8 less where \
+                      fewer rows hold it";
+        let energy = self.energy;
+        require(
+            energy > 0.0 && energy <= 1.0,
+            "energy",
+            energy,
+            "above 0 and at most 1",
+            advice,
+        )?;
+        require(
+            energy == 1.0 || self.compressor == Compressor::Arc,
+            "energy",
+            energy,
+            "1 unless the compressor is arc",
+            "the others have no sketch whose energy could be told; leave energy out, or set compressor arc",
+        )
+    }
+
     fn validate_schedule(&self) -> Result<(), SettingError> {
         let schedule = [
             ("warmup_updates", self.warmup_updates),
@@ -322,6 +348,17 @@ impl AlgorithmConfig {
                 "what rounding the mean loses would stay in their estimate for ever; wire_up may be any type, and feedback ef14 takes any",
             )
         })
+    }
+
+    /// The same job without compression.
+    #[must_use]
+    pub fn dense(&self) -> Self {
+        Self {
+            compressor: Compressor::Dense,
+            // Nothing is sketched.
+            energy: 1.0,
+            ..self.clone()
+        }
     }
 
     /// Whether workers keep ef21's estimates: h of their own gradient, and H, which must be the mean of all h. Without

@@ -100,6 +100,7 @@ impl AlgorithmConfig {
             eta,
             feedback_decay,
             density,
+            energy,
             sketch_rank,
             projection,
             selection,

@@ -3,6 +3,9 @@
 //! The model is plain: a link carries its rate in both directions at once; a phase ends when the busiest link of that
 //! phase has carried its bytes, plus one round trip; buckets are pipelined, so the round trips of a step are those of
 //! one bucket. Compression, computing and loss are left out: compare predictions with each other and measure.
+//!
+//! Where an `energy` below 1 chooses the rows, how many come is known only once there are gradients: then bytes and seconds are
+//! those of a step that takes the whole density, and no step takes more.
 
 use super::{Plan, PlanError, PlanSpec};
 use crate::config::AlgorithmConfig;
@@ -18,7 +21,7 @@ pub struct KindBytes {
     pub sketch: u64,
     /// Chosen rows, at most (a bitmap's size; deltas are smaller).
     pub selection: u64,
-    /// Values of chosen rows.
+    /// Values of chosen rows; at most, where the energy is below 1.
     pub values: u64,
     /// Dense tensors and dense rounds.
     pub dense: u64,
@@ -106,7 +109,7 @@ pub struct Prediction {
 }
 
 impl Plan {
-    /// Bytes of the step of update number `update`.
+    /// Bytes of the step of update number `update`; an upper bound where an `energy` below 1 chooses the rows.
     #[must_use]
     pub fn step_bytes(&self, update: u64) -> StepBytes {
         let mut shards = vec![ShardBytes::default(); self.shards()];
@@ -292,8 +295,13 @@ fn name(algorithm: &AlgorithmConfig) -> String {
         }
         (RoundKind::Sparse { density }, compressor) => {
             let compressor = format!("{compressor:?}").to_lowercase();
+            let rows = if algorithm.energy < 1.0 {
+                format!("at most {density}, energy {}", algorithm.energy)
+            } else {
+                density.to_string()
+            };
             format!(
-                "{compressor} {density}, {} up, {} down",
+                "{compressor} {rows}, {} up, {} down",
                 shown(algorithm.wire_up),
                 shown(algorithm.wire_down)
             )
@@ -318,7 +326,7 @@ pub fn table(
     let elements = Plan::build(spec.clone())?.elements();
     let mut rows = vec![
         ring_all_reduce(elements, network),
-        with(&|a| a.compressor = Compressor::Dense)?,
+        with(&|a| *a = a.dense())?,
     ];
     for density in densities {
         rows.push(with(&|a| a.density = *density)?);
@@ -426,5 +434,21 @@ mod tests {
         assert!(rows[1..].is_sorted_by(|a, b| a.seconds > b.seconds && a.reduction < b.reduction));
         assert_eq!(rows[2].name, "arc 0.4, bf16 up, f32 down");
         assert!(table(&spec(2), &[2.0], &network(Placement::Separate)).is_err());
+    }
+
+    #[test]
+    fn with_an_energy_the_density_is_what_a_step_takes_at_most() {
+        let whole = table(&spec(2), &[0.2], &network(Placement::Separate)).unwrap();
+        let mut by_energy = spec(2);
+        by_energy.algorithm.energy = 0.9;
+        let bounds = table(&by_energy, &[0.2], &network(Placement::Separate)).unwrap();
+        assert_eq!(bounds[..2], whole[..2], "nothing else is sketched");
+        assert_eq!(
+            bounds[2],
+            Prediction {
+                name: "arc at most 0.2, energy 0.9, bf16 up, f32 down".into(),
+                ..whole[2].clone()
+            }
+        );
     }
 }

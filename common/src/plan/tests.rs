@@ -161,6 +161,13 @@ fn errors_teach() {
          1 sends all, 0.4 and 0.2 are good starts"
     );
     let mut s = small();
+    (s.algorithm.compressor, s.algorithm.energy) = (Compressor::Randk, 0.9);
+    assert_eq!(
+        problem(s),
+        "energy is 0.9, but must be 1 unless the compressor is arc: the others have no sketch whose energy could be told; \
+         leave energy out, or set compressor arc"
+    );
+    let mut s = small();
     s.tensors[2].name = "embed".to_owned();
     assert!(problem(s).starts_with(
         "tensors 0 and 2 are both named \"embed\": every parameter needs a name of its own"
@@ -209,6 +216,24 @@ fn every_range_is_checked_on_both_sides() {
     assert_eq!(check(&|c| c.density = 0.0), Err("density"));
     assert_eq!(check(&|c| c.density = f32::NAN), Err("density"));
     assert_eq!(check(&|c| c.density = 1.0), Ok(()));
+    assert_eq!(check(&|c| c.energy = 0.0), Err("energy"));
+    assert_eq!(check(&|c| c.energy = f32::NAN), Err("energy"));
+    assert_eq!(check(&|c| c.energy = 1.01), Err("energy"));
+    assert_eq!(check(&|c| c.energy = 0.01), Ok(()));
+    for compressor in [Compressor::Dense, Compressor::Randk, Compressor::Topk] {
+        let with =
+            |energy| move |c: &mut AlgorithmConfig| (c.compressor, c.energy) = (compressor, energy);
+        assert_eq!(check(&with(0.9)), Err("energy"), "{compressor:?}");
+        assert_eq!(check(&with(1.0)), Ok(()), "{compressor:?}");
+    }
+    assert_eq!(
+        check(&|c| *c = AlgorithmConfig {
+            energy: 0.9,
+            ..c.clone()
+        }
+        .dense()),
+        Ok(())
+    );
     assert_eq!(check(&|c| c.eta = 0.0), Err("eta"));
     assert_eq!(check(&|c| c.eta = 1.0), Ok(()));
     assert_eq!(check(&|c| c.feedback_decay = 1.01), Err("feedback_decay"));
@@ -247,6 +272,10 @@ fn differences_name_the_first_mismatch() {
     assert_eq!(
         differs(&|s| s.algorithm.density = 0.4),
         "density: 0.2 here, 0.4 there"
+    );
+    assert_eq!(
+        differs(&|s| s.algorithm.energy = 0.75),
+        "energy: 1 here, 0.75 there"
     );
     assert_eq!(
         differs(&|s| s.algorithm.compressor = Compressor::Randk),
@@ -322,7 +351,7 @@ fn the_hash_is_the_same_on_every_machine() {
     let hex: String = spec.hash().iter().map(|b| format!("{b:02x}")).collect();
     assert_eq!(
         hex,
-        "5c3c5ef37125eb8c8c9a07c05dbdd574ee1c160a64c3494c4186bda33b5f780b"
+        "603ba28ba5edd243a77346268f62c8334158ccfccd1864821fb59860fa283cf6"
     );
 }
 

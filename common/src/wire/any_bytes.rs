@@ -117,7 +117,7 @@ pub fn roster(bytes: &[u8]) {
     }
 }
 
-/// A round body; the first byte chooses compressor, policy and update.
+/// A round body; the first byte chooses compressor, policy, energy and update.
 ///
 /// # Panics
 /// If an accepted body's ranges lie outside of it, or it is above its limit.
@@ -184,6 +184,7 @@ pub fn shape(choice: u8) -> RoundShape {
         } else {
             SelectionPolicy::PerTensor
         },
+        energy: if bit(5) && choice & 3 == 0 { 0.5 } else { 1.0 },
         wire_up: if bit(4) {
             ValueType::Bf16
         } else {

@@ -87,7 +87,7 @@ pub enum WireError {
         segment: usize,
         /// Received.
         rows: usize,
-        /// By the plan.
+        /// By the plan; where it has an `energy` below 1, the most, and one the fewest.
         allowed: usize,
     },
 }

@@ -137,6 +137,7 @@ fn write_algorithm(w: &mut Writer<'_>, a: &AlgorithmConfig) {
         eta,
         feedback_decay,
         density,
+        energy,
         sketch_rank,
         projection,
         selection,
@@ -156,7 +157,7 @@ fn write_algorithm(w: &mut Writer<'_>, a: &AlgorithmConfig) {
     compressor.write(w);
     feedback.write(w);
     init.write(w);
-    [eta, feedback_decay, density]
+    [eta, feedback_decay, density, energy]
         .into_iter()
         .for_each(|v| w.f32(*v));
     w.u16(*sketch_rank);
@@ -182,6 +183,7 @@ fn read_algorithm(r: &mut Reader<'_>) -> Result<AlgorithmConfig, WireError> {
         eta: r.f32("eta")?,
         feedback_decay: r.f32("feedback_decay")?,
         density: r.f32("density")?,
+        energy: r.f32("energy")?,
         sketch_rank: r.u16("sketch_rank")?,
         projection: ProjectionKind::read(r)?,
         selection: SelectionPolicy::read(r)?,

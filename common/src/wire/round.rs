@@ -74,7 +74,8 @@ pub struct SegmentShape {
     pub rows: usize,
     /// Width n of a row; 1 for dense tensors.
     pub width: usize,
-    /// Rows K_s that travel in this round: max(1, ⌈μ·m_s⌉), or all rows in a dense round or of a dense tensor.
+    /// Rows K_s that travel in this round, at most where [`RoundShape::energy`] is below 1: max(1, ⌈μ·m_s⌉), or all rows in a
+    /// dense round or of a dense tensor.
     pub keep: usize,
 }
 
@@ -175,6 +176,8 @@ pub struct RoundShape {
     pub codec_dense: ValueCodec,
     /// Rank r of sketches.
     pub rank: usize,
+    /// Share of the sketch's energy at which the shard chooses no more rows; 1: as many as the density allows.
+    pub energy: f32,
     /// Workers keep ef21's estimates, and this round changes them by the rows that travel: see [`FrameKind::Restore`].
     pub changes_estimates: bool,
     compressor: Compressor,
@@ -241,6 +244,7 @@ impl RoundShape {
                 RoundKind::Sparse { .. } => algorithm.codec_dense(),
             },
             rank: usize::from(algorithm.sketch_rank),
+            energy: algorithm.energy,
             changes_estimates: algorithm.keeps_estimates()
                 && kind != RoundKind::Dense
                 && !sparse.is_empty(),
@@ -301,13 +305,14 @@ impl RoundShape {
         self.phases() == DENSE
     }
 
-    /// K_s per sparse segment, as [`RoundShape::values_layout`] takes them.
+    /// K_s per sparse segment, as [`RoundShape::values_layout`] takes them. What a Selection or a Sparse body holds may be
+    /// less, or other: [`SelectedRows::kept`].
     #[must_use]
     pub fn keep(&self) -> Vec<usize> {
         self.sparse.iter().map(|s| s.keep).collect()
     }
 
-    /// Elements that the kept rows of all sparse segments have together: Σ K_s·n, the budget of pooled selection.
+    /// Elements that K_s rows of all sparse segments have together: Σ K_s·n, the budget of pooled selection.
     #[must_use]
     pub fn budget_elements(&self) -> usize {
         self.sparse.iter().map(|s| s.keep * s.width).sum()
@@ -437,8 +442,8 @@ impl RoundShape {
     /// Reads a Selection body.
     ///
     /// # Errors
-    /// A selection that is not canonical or holds other than K_s rows (pooled: rows beyond the budget), or
-    /// a body that does not end with the dense means.
+    /// A selection that is not canonical or holds other than K_s rows (with an energy below 1: none, or more; pooled: rows
+    /// beyond the budget), or a body that does not end with the dense means.
     pub fn decode_selection_body(&self, body: &[u8]) -> Result<SelectedRows, WireError> {
         let (mut rest, mut rows, mut layout) = (
             body,
@@ -513,11 +518,13 @@ impl RoundShape {
             return Ok(());
         }
         for (at, (segment, rows)) in self.sparse.iter().zip(rows).enumerate() {
-            if rows.len() != segment.keep {
+            let most = segment.keep;
+            let fewest = if self.energy < 1.0 { most.min(1) } else { most };
+            if !(fewest..=most).contains(&rows.len()) {
                 return Err(WireError::RowCount {
                     segment: at,
                     rows: rows.len(),
-                    allowed: segment.keep,
+                    allowed: most,
                 });
             }
         }

@@ -162,6 +162,43 @@ fn pooled_selections_are_held_to_their_budget() {
 }
 
 #[test]
+fn selections_by_energy_may_be_short_but_not_empty() {
+    let read = |shape: &RoundShape, rows: [Vec<u32>; 2]| {
+        let mut body = shape.encode_selections(&rows);
+        body.extend([7; 20]);
+        shape.decode_selection_body(&body).map(|r| r.kept())
+    };
+    let refused = |segment, rows, allowed| {
+        Err(WireError::RowCount {
+            segment,
+            rows,
+            allowed,
+        })
+    };
+    let per_tensor = shape(2, |a| a.energy = 0.9);
+    assert_eq!(per_tensor.keep(), [3, 5], "the caps");
+    assert_eq!(read(&per_tensor, [vec![4], vec![7, 8]]), Ok(vec![1, 2]));
+    assert_eq!(
+        read(&per_tensor, [vec![0, 1, 9], (0..5).collect()]),
+        Ok(vec![3, 5])
+    );
+    assert_eq!(read(&per_tensor, [vec![], vec![7]]), refused(0, 0, 3));
+    assert_eq!(
+        read(&per_tensor, [vec![1], (0..6).collect()]),
+        refused(1, 6, 5)
+    );
+    let pooled = shape(2, |a| {
+        (a.energy, a.selection) = (0.9, SelectionPolicy::Pooled);
+    });
+    assert_eq!(read(&pooled, [vec![], vec![3]]), Ok(vec![0, 1]));
+    // Bounds of allocation are those of the whole density, and beyond.
+    let whole = shape(2, |_| ());
+    for kind in [FrameKind::Selection, FrameKind::Values, FrameKind::Mean] {
+        assert_eq!(per_tensor.body_limit(kind), whole.body_limit(kind));
+    }
+}
+
+#[test]
 fn sparse_bodies_hold_rows_and_values() {
     let shape = shape(2, |a| a.compressor = Compressor::Topk);
     let mut body = Vec::new();

@@ -54,6 +54,7 @@ pub(super) fn hello() -> Control {
             trainer: "lr=01".into(),
             algorithm: AlgorithmConfig {
                 density: 0.2,
+                energy: 0.75,
                 eta: 0.1,
                 feedback_decay: 1.0,
                 sketch_rank: 4,
@@ -115,6 +116,7 @@ fn hello_bytes() {
          cd cc cc 3d        # eta 0.1
          00 00 80 3f        # feedback_decay 1
          cd cc 4c 3e        # density 0.2
+         00 00 40 3f        # energy 0.75
          04 00              # sketch_rank 4
          00 00              # rademacher, per-tensor
          00 00 00 00        # block_width 0

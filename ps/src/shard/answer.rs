@@ -2,7 +2,7 @@
 
 use super::aggregate::{Piece, body_bytes};
 use arc_topk_common::compress::ValueCodec;
-use arc_topk_common::compress::select::{PooledSegment, score, select_pooled, select_top_k};
+use arc_topk_common::compress::select::{PooledSegment, score, select_energy, select_pooled};
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::wire::{RoundShape, SegmentShape, append_selection};
 
@@ -89,7 +89,8 @@ pub(crate) fn encode_selections(shape: &RoundShape, rows: &[Vec<u32>], out: &mut
     }
 }
 
-/// Chooses rows by the averaged sketch (all sparse segments, one after the other).
+/// Chooses rows by the averaged sketch (all sparse segments, one after the other): as many as the density allows, or as
+/// hold the energy that is asked for.
 pub(crate) fn select(shape: &RoundShape, policy: SelectionPolicy, sketch: &[f32]) -> Picked {
     let mut rest = sketch;
     let mut scores = Vec::with_capacity(shape.sparse.len());
@@ -101,7 +102,7 @@ pub(crate) fn select(shape: &RoundShape, policy: SelectionPolicy, sketch: &[f32]
     let rows = match policy {
         SelectionPolicy::PerTensor => {
             let each = shape.sparse.iter().zip(&scores);
-            each.map(|(segment, scores)| select_top_k(scores, segment.keep))
+            each.map(|(segment, scores)| select_energy(scores, segment.keep, shape.energy))
                 .collect()
         }
         SelectionPolicy::Pooled => {
@@ -112,7 +113,7 @@ pub(crate) fn select(shape: &RoundShape, policy: SelectionPolicy, sketch: &[f32]
                     width: s.width,
                 })
                 .collect();
-            select_pooled(&segments, shape.budget_elements())
+            select_pooled(&segments, shape.budget_elements(), shape.energy)
         }
     };
     let captured_energy = captured_energy(&scores, &rows);

@@ -75,6 +75,7 @@ impl Cell {
             a.block_width != base.block_width,
             format!("block{}", a.block_width),
         );
+        note(a.energy != base.energy, format!("energy{}", a.energy));
         note(
             a.sketch_rank != base.sketch_rank,
             format!("rank{}", a.sketch_rank),
@@ -104,6 +105,7 @@ fn base() -> AlgorithmConfig {
     AlgorithmConfig {
         feedback: Feedback::Ef14,
         feedback_decay: 1.0,
+        energy: 1.0,
         sketch_rank: 4,
         selection: SelectionPolicy::PerTensor,
         block_width: 0,
@@ -176,13 +178,33 @@ pub(crate) fn default_cells() -> Vec<Cell> {
     cells
 }
 
+/// Cells that are compared when they are named (`--cells`, `--only`): the defaults' wires at densities that the energy may
+/// leave unused.
+pub(crate) fn energy_cells() -> Vec<Cell> {
+    let pairs = [
+        (0.2, &[0.9][..]),
+        (0.4, &[0.9, 0.8, 0.6, 0.45][..]),
+        (1.0, &[0.6][..]),
+    ];
+    let each = pairs.into_iter().flat_map(|(density, energies)| {
+        energies.iter().map(move |energy| {
+            Cell::sparse(density, ValueType::Int4, OptimizerChoice::CatchUpAdamW).with(|a| {
+                (a.wire_sketch, a.wire_warmup) = (ValueType::Int8, ValueType::Int8);
+                a.energy = *energy;
+            })
+        })
+    });
+    each.collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
     fn cells_are_valid_and_told_apart_by_name() {
-        let cells = default_cells();
+        let mut cells = default_cells();
+        cells.extend(energy_cells());
         let mut names: Vec<String> = cells.iter().map(Cell::name).collect();
         for cell in &cells {
             cell.algorithm

@@ -4,6 +4,7 @@ use crate::cells::Cell;
 use arc_topk_common::config::train::TrainArgs;
 use arc_topk_common::ids::Rank;
 use arc_topk_common::plan::PlanSpec;
+use arc_topk_common::plan::predict::steady_update;
 use arc_topk_worker::backend::Gradient;
 use arc_topk_worker::memory::{MemoryCluster, MemoryOptions};
 use arc_topk_worker::train::{Trainer, data::Dataset, parameters};
@@ -40,7 +41,7 @@ pub(crate) struct RunResult {
     /// Bytes that rank 0 sent and received in the whole run, headers and sketches included.
     pub(crate) bytes_sent: u64,
     pub(crate) bytes_received: u64,
-    /// The same of the last step alone: the steady state.
+    /// The same per step after warm-up and ramp, on average: the steady state.
     pub(crate) steady_sent: u64,
     pub(crate) steady_received: u64,
     /// What dense f32 would have sent per step, one direction.
@@ -85,6 +86,14 @@ pub(crate) fn settings_hash(settings: &RunSettings, data: &Dataset) -> String {
     hash[..8].iter().map(|byte| format!("{byte:02x}")).collect()
 }
 
+/// Bytes of steps after warm-up and ramp, of which there are some that an energy makes smaller than others.
+#[derive(Default)]
+struct Steady {
+    steps: u64,
+    sent: u64,
+    received: u64,
+}
+
 /// Losses beyond this (a uniform guess has 5.5) will not come back.
 const DIVERGED: f32 = 20.0;
 
@@ -111,6 +120,7 @@ pub(crate) fn train(
     let plan = Arc::clone(cluster.plan());
     // One model serves all workers: by invariant they apply the same results.
     let mut trainer = Trainer::new(&args, &plan, Arc::clone(data))?;
+    let mut steady = Steady::default();
     let mut result = RunResult {
         cell: cell.name(),
         lr,
@@ -137,6 +147,7 @@ pub(crate) fn train(
             &mut cluster,
             &mut trainer,
             &mut result,
+            &mut steady,
         )?;
         let due = (step + 1) % args.validate_every.max(1) == 0 || step + 1 == args.steps;
         if loss.is_nan() || loss >= DIVERGED {
@@ -152,6 +163,8 @@ pub(crate) fn train(
             ));
         }
     }
+    result.steady_sent = steady.sent / steady.steps.max(1);
+    result.steady_received = steady.received / steady.steps.max(1);
     let finished = result.curve.last().filter(|(step, ..)| *step == args.steps);
     result.validation_loss = finished.and_then(|(_, loss, _)| *loss);
     result.seconds = start.elapsed().as_secs_f64();
@@ -164,6 +177,7 @@ fn one_step(
     cluster: &mut MemoryCluster,
     trainer: &mut Trainer,
     result: &mut RunResult,
+    steady: &mut Steady,
 ) -> Result<f32, Box<dyn Error + Send + Sync>> {
     cluster.begin();
     let (mut loss, mut failed) = (0.0, None);
@@ -185,9 +199,14 @@ fn one_step(
         trainer.apply(step, &mut |f| machine.for_each_result(f))?;
     }
     let stats = outcome.stats;
-    (result.steady_sent, result.steady_received) = (stats.sent.total(), stats.received.total());
-    result.bytes_sent += result.steady_sent;
-    result.bytes_received += result.steady_received;
+    let (sent, received) = (stats.sent.total(), stats.received.total());
+    result.bytes_sent += sent;
+    result.bytes_received += received;
+    if outcome.update >= steady_update(&cluster.plan().spec.algorithm) {
+        steady.steps += 1;
+        steady.sent += sent;
+        steady.received += received;
+    }
     result.dense_bytes_per_step = stats.dense_equivalent_bytes;
     result.captured_energy = stats.captured_energy.or(result.captured_energy);
     Ok(loss)

@@ -12,7 +12,7 @@ mod table;
 
 use arc_topk_common::config::train::{OptimizerChoice, TrainArgs};
 use arc_topk_worker::train::{data::Dataset, use_threads};
-use cells::{Cell, default_cells};
+use cells::{Cell, default_cells, energy_cells};
 use clap::Parser;
 use job::{RunResult, RunSettings, settings_hash};
 use std::collections::{HashMap, HashSet};
@@ -178,6 +178,9 @@ fn settle(cli: &mut Cli) -> Result<(), AnyError> {
 
 fn chosen_cells(cli: &Cli) -> Vec<Cell> {
     let mut cells = default_cells();
+    if cli.list || !(cli.cells.is_empty() && cli.only.is_empty()) {
+        cells.extend(energy_cells());
+    }
     cells.retain(|cell| {
         let name = cell.name();
         let part = cli.only.is_empty() || cli.only.iter().any(|text| name.contains(text.as_str()));

@@ -31,6 +31,9 @@ class Config:
     feedback: str = "ef14"
     #: Share of a tensor's rows that travel in each step, in (0, 1].
     density: float = 0.2
+    #: Share of the averaged sketch's energy at which no more rows are chosen, in (0, 1]: fewer travel where fewer hold it. 1 always
+    #: sends the whole density. ``arc`` alone.
+    energy: float = 1.0
     #: Densities of single tensors, by patterns of their names; the first that fits counts.
     densities: Mapping[str, float] = dataclasses.field(default_factory=dict)
     #: Dense updates before compression starts.

@@ -88,6 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, steps: int, lr: float, bat
         metavar="PATTERN=DENSITY",
         help="of arc, for the tensors whose names match; may be given several times: --densities '*embeddings*=0.02'",
     )
+    add("--energy", type=float, default=1.0, help="of arc: the sketch's energy at which no more rows are sent (default: 1)")
     add("--selection", default="per-tensor", help="of rows: per-tensor, or pooled over a bucket's tensors (default: per-tensor)")
     add("--wire", default="int4", help="of arc's values, both ways: f32, bf16, f16, int8, int4 (default: int4)")
     add("--plain-adam", action="store_true", help="torch's AdamW with arc, instead of arc_topk.optim.AdamW")
@@ -105,7 +106,7 @@ def averaged(net: nn.Module, optimizer: Any, args: argparse.Namespace) -> tuple[
     if args.method == "arc":
         wire = {"wire_up": args.wire, "wire_down": args.wire}
         settings = {"density": args.density, "warmup_updates": args.warmup, "selection": args.selection, "device": args.device}
-        settings |= wire | {"densities": dict(args.densities)}
+        settings |= wire | {"densities": dict(args.densities), "energy": args.energy}
     if args.form == "wrapper":
         return net, arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), **settings)
     # PowerSGD's hook over gloo works with one bucket alone.

@@ -55,6 +55,10 @@ def test_what_is_wrong_is_named_before_anything_is_connected(certs):
 
     with pytest.raises(ConfigError, match="density"):
         wrapped(density=1.5)
+    with pytest.raises(ConfigError, match=r"energy is 1\.5, but must be above 0 and at most 1"):
+        wrapped(energy=1.5)
+    with pytest.raises(ConfigError, match=r"energy is 0\.9, but must be 1 unless the compressor is arc"):
+        wrapped(compressor="randk", energy=0.9)
     with pytest.raises(ConfigError, match=r"^compressor: unknown variant"):
         wrapped(compressor="zip")
     with pytest.raises(ConfigError, match=r"^wire_up: unknown variant `fp8`, expected one of .*`int4`$"):

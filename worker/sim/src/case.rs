@@ -181,9 +181,12 @@ impl Case {
         let exact = random.chance(500);
         let shards = random.within(1..4) as u16;
         let world = random.within(2..6) as u16;
-        let algorithm = with_estimates(
-            algorithm(&mut random, exact),
-            &mut Random::new(seed, "estimates"),
+        let algorithm = with_energy(
+            with_estimates(
+                algorithm(&mut random, exact),
+                &mut Random::new(seed, "estimates"),
+            ),
+            &mut Random::new(seed, "energy"),
         );
         let keeps_estimates = algorithm.keeps_estimates();
         let spec = PlanSpec {
@@ -307,6 +310,17 @@ fn with_estimates(algorithm: AlgorithmConfig, random: &mut Random) -> AlgorithmC
         wire_down: ValueType::F32,
         wire_dense: ValueType::F32,
         wire_warmup: ValueType::F32,
+        ..algorithm
+    }
+}
+
+/// In a part of the jobs with sketches their energy decides how many rows travel.
+fn with_energy(algorithm: AlgorithmConfig, random: &mut Random) -> AlgorithmConfig {
+    if algorithm.compressor != Compressor::Arc || !random.chance(300) {
+        return algorithm;
+    }
+    AlgorithmConfig {
+        energy: random.pick(&[0.3, 0.6, 0.9]),
         ..algorithm
     }
 }

@@ -3,7 +3,7 @@
 //! Bodies are decoded whole, added in the order given, divided, and encoded.
 
 use arc_topk_common::compress::ValueCodec;
-use arc_topk_common::compress::select::{PooledSegment, score, select_pooled, select_top_k};
+use arc_topk_common::compress::select::{PooledSegment, score, select_energy, select_pooled};
 use arc_topk_common::config::algorithm::SelectionPolicy;
 use arc_topk_common::wire::{Direction, FrameKind, RoundShape, append_selection};
 use bytes::Bytes;
@@ -129,14 +129,15 @@ fn selection(shape: &RoundShape, policy: SelectionPolicy, mean: &[f32]) -> Vec<u
     let each = || shape.sparse.iter().zip(&scores);
     let rows = match policy {
         SelectionPolicy::PerTensor => each()
-            .map(|(s, scores)| select_top_k(scores, s.keep))
+            .map(|(s, scores)| select_energy(scores, s.keep, shape.energy))
             .collect(),
         SelectionPolicy::Pooled => {
             let segments = each().map(|(s, scores)| PooledSegment {
                 scores,
                 width: s.width,
             });
-            select_pooled(&segments.collect::<Vec<_>>(), shape.budget_elements())
+            let segments: Vec<_> = segments.collect();
+            select_pooled(&segments, shape.budget_elements(), shape.energy)
         }
     };
     let mut body = shape.encode_selections(&rows);

@@ -71,6 +71,8 @@ fn no_seed_breaks_an_invariant() {
         "steps skipped",
         "steps begun behind",
         "answers adopted",
+        "selections short of the density formed",
+        "selections short of the density adopted",
         "late contributions",
         "superseded",
         "joins of a running job",

@@ -7,7 +7,6 @@ use super::{compressor_name, print, start_log};
 use crate::report::{Run, closing_table, write_report};
 use crate::train::data::Dataset;
 use crate::train::parameters;
-use arc_topk_common::config::algorithm::Compressor;
 use arc_topk_common::config::{AlgorithmConfig, CommonArgs, LocalArgs, TrainArgs};
 use arc_topk_common::plan::{Plan, PlanSpec};
 use clap::Args;
@@ -132,7 +131,7 @@ pub(super) fn demo(command: &DemoCommand) -> Result<(), CliError> {
 fn compare(settings: &LocalSettings, dir: &Path) -> Result<(), CliError> {
     let mut own = settings.check(true)?;
     let mut dense = own.clone();
-    dense.algorithm.compressor = Compressor::Dense;
+    dense.algorithm = dense.algorithm.dense();
     dense.train.lr = settings.dense_lr;
     dense.train.validate()?;
     dense.name = compressor_name(&dense.algorithm);

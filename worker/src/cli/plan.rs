@@ -15,7 +15,8 @@ use std::str::FromStr;
 /// Predict the bytes and the communication time of a step, for dense training and several densities.
 ///
 /// Nothing is run and no network is touched. The model of the network is plain: a link carries its rate in both directions
-/// at once, the busiest link decides, and a round trip is paid per phase. Compression and computing are left out.
+/// at once, the busiest link decides, and a round trip is paid per phase. Compression and computing are left out. With an
+/// --energy below 1 a step takes the whole density at most: what is predicted is an upper bound then.
 #[derive(Args, Debug)]
 #[command(after_help = EXAMPLES)]
 pub(super) struct PlanCommand {
@@ -247,8 +248,16 @@ fn text(command: &PlanCommand, elements: u64, predictions: &[(f64, Vec<Predictio
         );
         table.add_row(cells);
     }
+    let bound = if command.algorithm.energy < 1.0 {
+        format!(
+            "With energy {} rows of arc are upper bounds: a step takes fewer where fewer hold it.\n",
+            command.algorithm.energy
+        )
+    } else {
+        String::new()
+    };
     format!(
-        "{} parameters, {} workers, {} shards ({}). Per worker and step, after the warm-up; time is communication alone.\n{table}\n",
+        "{} parameters, {} workers, {} shards ({}). Per worker and step, after the warm-up; time is communication alone.\n{table}\n{bound}",
         format::count(elements as f64),
         command.workers,
         command.shards,

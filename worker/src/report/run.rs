@@ -98,11 +98,14 @@ impl Run {
     }
 
     /// As [`Run::ratio`], of the steps after warm-up and ramp: those whose density is at most a tenth above the median
-    /// of the run's second half. Skipped steps, which move no values, do not count. `None` if a run that compresses did
-    /// not get that far.
+    /// of the run's second half, or, where the density follows the energy, those that the schedule has there. Skipped steps,
+    /// which move no values, do not count. `None` if a run that compresses did not get that far.
     #[must_use]
     pub fn steady_ratio(&self) -> Option<f64> {
         let applied = || self.steps.iter().filter(|r| !r.skipped);
+        if let Some(first) = self.first_update_by_energy() {
+            return ratio_of(applied().filter(|r| r.update >= first));
+        }
         let mut late: Vec<f32> = applied().map(|r| r.density).collect();
         late.drain(..late.len() / 2);
         late.sort_by(f32::total_cmp);
@@ -112,6 +115,15 @@ impl Run {
             return None;
         }
         ratio_of(applied().filter(|r| r.density <= usual * 1.1))
+    }
+
+    /// The update after warm-up and ramp, if the energy decides from there on how many rows come.
+    fn first_update_by_energy(&self) -> Option<u64> {
+        let settings = settings(&self.summary.config);
+        let energy: f32 = settings.get("energy")?.parse().ok()?;
+        let updates = |key| settings.get(key).and_then(|text| text.parse::<u64>().ok());
+        let first = updates("warmup_updates")?.saturating_add(updates("ramp_updates")?);
+        (energy < 1.0).then_some(first)
     }
 
     /// Median seconds of a step as measured; `None` without steps.
@@ -350,6 +362,31 @@ mod tests {
         };
         let run = Run::new(None, &[steps], "x".into());
         assert!((run.steady_ratio().unwrap() - 0.1).abs() < 1e-12);
+    }
+
+    #[test]
+    fn a_density_that_follows_the_energy_does_not_hide_the_larger_steps() {
+        let record = |step, sent, density| StepRecord {
+            update: step,
+            density,
+            ..record(step, 1.0, sent)
+        };
+        // One dense update, then 100, 300, 100, 300 bytes.
+        let steps: Vec<_> = (0..5)
+            .map(|step| match step {
+                0 => record(step, 1000, 1.0),
+                _ if step % 2 == 1 => record(step, 100, 0.1),
+                _ => record(step, 300, 0.3),
+            })
+            .collect();
+        let summary = |energy: f32, updates: u64| RunSummary {
+            config: serde_json::json!({"algorithm": {"energy": energy, "warmup_updates": 1, "ramp_updates": updates - 1}}),
+            ..RunSummary::default()
+        };
+        let run = |summary| Run::new(Some(summary), std::slice::from_ref(&steps), "x".into());
+        assert!((run(summary(0.9, 1)).steady_ratio().unwrap() - 0.2).abs() < 1e-12);
+        assert!((run(summary(0.9, 4)).steady_ratio().unwrap() - 0.3).abs() < 1e-12);
+        assert_eq!(run(summary(0.9, 5)).steady_ratio(), None);
     }
 
     #[test]

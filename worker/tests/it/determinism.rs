@@ -215,6 +215,7 @@ impl Naive {
                 } else {
                     RoundKind::Dense
                 },
+                energy: algorithm.energy,
                 params: FeedbackParams {
                     eta: algorithm.eta,
                     decay: if tensor.sparse {
@@ -280,6 +281,7 @@ prop_compose! {
         zeros in any::<bool>(),
         gaussian in any::<bool>(),
         density in 0.02f32..1.0,
+        energy in prop_oneof![Just(1.0f32), 0.05f32..1.0],
         decay in 0.5f32..=1.0,
         sketch_rank in 1u16..7,
         block_width in prop::sample::select(vec![0u32, 0, 8, 24]),
@@ -291,6 +293,7 @@ prop_compose! {
             compressor,
             init: if zeros { Init::Zeros } else { Init::FirstGradient },
             projection: if gaussian { ProjectionKind::Gaussian } else { ProjectionKind::Rademacher },
+            energy: if compressor == Compressor::Arc { energy } else { 1.0 },
             feedback_decay: decay,
             sketch_rank,
             block_width,

@@ -1,11 +1,13 @@
 //! Which rows travel, and what the result is made of, in whole steps of N workers and S shards.
 
 use crate::support::{
-    algorithm, array, assert_close, cluster, gradients, mean, model, results, spec, step, tensor,
+    Gradients, algorithm, array, assert_close, cluster, gradients, mean, model, results, spec,
+    step, tensor,
 };
 use arc_topk_common::compress::rows_to_keep;
 use arc_topk_common::config::AlgorithmConfig;
 use arc_topk_common::config::algorithm::{Compressor, Feedback, RoundKind, SelectionPolicy};
+use arc_topk_common::plan::PlanSpec;
 use std::collections::BTreeSet;
 
 #[test]
@@ -54,6 +56,105 @@ fn pooled_rows_stay_within_the_budget_and_favour_the_strong_tensor() {
     assert_eq!(got[0].rows.as_deref(), Some(&[][..]));
     assert_eq!(got[1].rows.as_ref().unwrap().len(), 8);
     assert!(got[0].values.iter().all(|x| *x == 0.0));
+}
+
+/// Gradients of which every tenth row holds nearly all.
+fn concentrated(spec: &PlanSpec, workers: usize, number: u64) -> Gradients {
+    let mut all = gradients(spec, workers, number);
+    for worker in &mut all {
+        for (tensor, values) in spec.tensors.iter().zip(worker) {
+            let width = tensor.shape[1] as usize;
+            let rows = values.chunks_mut(width).enumerate();
+            rows.filter(|(row, _)| row % 10 != 0)
+                .for_each(|(_, values)| values.iter_mut().for_each(|x| *x *= 1e-4));
+        }
+    }
+    all
+}
+
+#[test]
+fn fewer_rows_travel_where_the_energy_is_concentrated_and_workers_stay_equal() {
+    for selection in [SelectionPolicy::PerTensor, SelectionPolicy::Pooled] {
+        let with = |energy| AlgorithmConfig {
+            energy,
+            selection,
+            ..algorithm(Feedback::Ef14, 0.4)
+        };
+        let tensors = vec![tensor("a", &[60, 8]), tensor("b", &[40, 16])];
+        let whole = spec(with(1.0), 2, tensors.clone());
+        let less = spec(with(0.9), 2, tensors);
+        let (mut all, mut few) = (cluster(&whole, 3), cluster(&less, 3));
+        for number in 0..6 {
+            let given = if number < 3 {
+                concentrated(&less, 3, number)
+            } else {
+                gradients(&less, 3, number)
+            };
+            let (most, least) = (step(&mut all, &given), step(&mut few, &given));
+            let (most, least) = (most[0].unwrap().stats, least[0].unwrap().stats);
+            assert!(
+                least.sent.values <= most.sent.values && least.density <= most.density,
+                "the density is the cap"
+            );
+            if number == 0 {
+                assert!(most.density > 0.35 && least.density < 0.15, "{least:?}");
+                assert!(least.sent.values * 2 < most.sent.values, "{least:?}");
+                assert!(
+                    least.received.values * 2 < most.received.values,
+                    "{least:?}"
+                );
+            }
+            for rank in 1..3 {
+                assert_eq!(results(&few, 0), results(&few, rank));
+            }
+        }
+    }
+}
+
+#[test]
+fn an_energy_is_within_the_ramp_and_a_tensors_own_density() {
+    let mut tensors = vec![tensor("a", &[40, 8]), tensor("b", &[40, 8])];
+    tensors[1].density = Some(0.5);
+    let algorithm = AlgorithmConfig {
+        energy: 0.9999,
+        ramp_updates: 1,
+        warmup_updates: 1,
+        ..algorithm(Feedback::Ef14, 0.1)
+    };
+    let spec = spec(algorithm.clone(), 1, tensors);
+    let mut cluster = cluster(&spec, 2);
+    for number in 0..4 {
+        step(&mut cluster, &gradients(&spec, 2, number));
+        let came: Vec<_> = results(&cluster, 1).into_iter().map(|r| r.rows).collect();
+        if number == 0 {
+            assert_eq!(came, [None, None], "the warm-up is dense");
+            continue;
+        }
+        for (rows, density) in came.iter().zip([0.1, 0.5]) {
+            let cap = rows_to_keep(algorithm.density_at(number, density), 40);
+            let rows = rows.as_ref().unwrap().len();
+            assert!((1..=cap).contains(&rows), "{rows} of {cap}");
+        }
+    }
+}
+
+#[test]
+fn a_gradient_of_zeros_sends_a_row_of_every_tensor() {
+    let algorithm = AlgorithmConfig {
+        energy: 0.5,
+        ..algorithm(Feedback::Ef14, 0.4)
+    };
+    let spec = spec(
+        algorithm,
+        1,
+        vec![tensor("a", &[20, 8]), tensor("b", &[30, 4])],
+    );
+    let mut cluster = cluster(&spec, 2);
+    step(&mut cluster, &vec![vec![vec![0.0; 160], vec![0.0; 120]]; 2]);
+    for got in results(&cluster, 0) {
+        assert_eq!(got.rows.as_deref(), Some(&[0][..]));
+        assert!(got.values.iter().all(|x| *x == 0.0));
+    }
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! A shard that was started while the job goes on, and what workers tell it.
 
-use super::rounds::numbers;
+use super::rounds::{close, mean, numbers};
 use super::*;
 use proptest::prelude::*;
 
@@ -268,6 +268,50 @@ proptest! {
             prop_assert_eq!(answer.1, got.1.clone());
         }
     }
+}
+
+#[test]
+fn a_selection_short_of_the_density_is_taken_over_as_it_was() {
+    let by_energy = AlgorithmConfig {
+        energy: 0.5,
+        ..algorithm(Compressor::Arc)
+    };
+    let mut old = Bench::running_with(config(2), by_energy.clone());
+    // One row of each of the two matrices holds nearly all: of the first, the density allows two.
+    let mut sketch = vec![0.01; 15];
+    (sketch[2], sketch[10]) = (1.0, 1.0);
+    old.send(0, 0, FrameKind::Sketch, encode(&sketch));
+    let given = old.send(1, 0, FrameKind::Sketch, encode(&sketch));
+    let (_, header, body) = whole_answers(&given).remove(0);
+    let shape = old.shape(0);
+    let selected = shape.decode_selection_body(&body[..header.payload_bytes()]);
+    assert_eq!(
+        (selected.unwrap().kept(), shape.keep()),
+        (vec![1, 1], vec![2, 1])
+    );
+
+    let restarted = ShardConfig {
+        incarnation: 2,
+        ..config(2)
+    };
+    let mut bench = Bench {
+        now: Duration::from_secs(50),
+        ..Bench::empty(restarted, by_energy)
+    };
+    let spec = bench.plan.spec.clone();
+    for rank in 0..2 {
+        bench.hello(10 + u64::from(rank), member(&spec, place(rank, &[0, 1]), 0));
+    }
+    tell(&mut bench, 10, &[(header, body.clone())]);
+    announce(&mut bench, 11, 0);
+    // The one to whom it was lost gets the same bytes, and both send a row of each.
+    let again = bench.send(11, 0, FrameKind::Sketch, encode(&sketch));
+    assert_eq!(whole_answers(&again).remove(0).2, body);
+    let values: Vec<_> = (0..2).map(|worker| numbers(5, worker + 1)).collect();
+    bench.send(10, 0, FrameKind::Values, encode(&values[0]));
+    let means = answers(&bench.send(11, 0, FrameKind::Values, encode(&values[1])));
+    assert_eq!(means.len(), 2);
+    close(&decode(&means[0].2), &mean(&values));
 }
 
 #[test]

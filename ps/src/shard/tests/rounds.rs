@@ -18,14 +18,14 @@ pub(super) fn numbers(count: usize, salt: u64) -> Vec<f32> {
         .collect()
 }
 
-fn mean(all: &[Vec<f32>]) -> Vec<f64> {
+pub(super) fn mean(all: &[Vec<f32>]) -> Vec<f64> {
     let n = all.len() as f64;
     (0..all[0].len())
         .map(|i| all.iter().map(|v| f64::from(v[i])).sum::<f64>() / n)
         .collect()
 }
 
-fn close(got: &[f32], expected: &[f64]) {
+pub(super) fn close(got: &[f32], expected: &[f64]) {
     assert_eq!(got.len(), expected.len());
     for (got, expected) in got.iter().zip(expected) {
         assert!(
@@ -178,6 +178,60 @@ fn pooled_rows_compete_across_tensors() {
     let bytes = shape.values_layout(&rows.kept(), Direction::Up).bytes;
     let actions = bench.send(0, 0, FrameKind::Values, vec![0; bytes]);
     assert_eq!(closed_round(&actions).unwrap().outcome, Outcome::Complete);
+}
+
+/// A step whose sketch has these scores, of the 4 rows of one tensor and the 2 of another: chosen rows, and what is reported.
+fn step_by_energy(algorithm: AlgorithmConfig, scores: [f32; 6]) -> (Vec<Vec<u32>>, RoundClosed) {
+    let mut bench = Bench::running_with(config(1), algorithm);
+    let shape = bench.shape(0);
+    let mut sketch = vec![0.0; 15];
+    let entries = sketch.iter_mut().step_by(2);
+    entries
+        .zip(scores)
+        .for_each(|(entry, score)| *entry = score.sqrt());
+    let selection = answers(&bench.send(0, 0, FrameKind::Sketch, encode(&sketch)))
+        .remove(0)
+        .2;
+    let rows = shape.decode_selection_body(&selection).unwrap();
+    let count = shape.values_layout(&rows.kept(), Direction::Up).bytes / 4;
+    let values = numbers(count, 7);
+    let actions = bench.send(0, 0, FrameKind::Values, encode(&values));
+    close(&decode(&answers(&actions).remove(0).2), &mean(&[values]));
+    (rows.rows, closed_round(&actions).unwrap())
+}
+
+#[test]
+fn fewer_rows_travel_where_fewer_hold_the_energy() {
+    let by_energy = |energy, selection| AlgorithmConfig {
+        energy,
+        density: 1.0,
+        selection,
+        ..algorithm(Compressor::Arc)
+    };
+    let of_tensors = |energy| by_energy(energy, SelectionPolicy::PerTensor);
+    // Of the matrix with 4 rows of 2, and of that with 2 rows of 3.
+    let scores = [1.0, 16.0, 1.0, 2.0, 3.0, 1.0];
+    let (rows, closed) = step_by_energy(of_tensors(0.7), scores);
+    assert_eq!(rows, [vec![1], vec![0]]);
+    assert_eq!(closed.density, Some(5.0 / 14.0));
+    assert!((closed.captured_energy.unwrap() - 19.0 / 24.0).abs() < 1e-6);
+    let (rows, closed) = step_by_energy(of_tensors(0.9), scores);
+    assert_eq!(rows, [vec![1, 3], vec![0, 1]]);
+    assert_eq!(closed.received.values, 4 * (2 * 3 + 2 * 2));
+    let (rows, _) = step_by_energy(of_tensors(1.0), scores);
+    assert_eq!(rows, [vec![0, 1, 2, 3], vec![0, 1]]);
+    // The density is the cap, and a tensor without energy sends one row all the same.
+    let half = AlgorithmConfig {
+        density: 0.5,
+        ..of_tensors(0.9)
+    };
+    let (rows, closed) = step_by_energy(half, [1.0, 1.0, 1.0, 1.0, 0.0, 0.0]);
+    assert_eq!(rows, [vec![0, 1], vec![0]]);
+    assert_eq!(closed.density, Some(0.5));
+    // In a pool the strong tensor's rows may be all that come.
+    let pooled = by_energy(0.7, SelectionPolicy::Pooled);
+    let (rows, _) = step_by_energy(pooled, [0.0, 16.0, 0.0, 3.0, 0.0, 1.0]);
+    assert_eq!(rows, [vec![1], vec![]]);
 }
 
 #[test]
@@ -391,9 +445,11 @@ fn permutation(world: usize) -> impl Strategy<Value = Vec<usize>> {
 proptest! {
     /// I3: arrival order changes no byte.
     #[test]
-    fn arrival_order_changes_no_byte(order in permutation(5)) {
-        let in_order = arc_round(&mut Bench::running(5, Compressor::Arc), 5, 0, &[0, 1, 2, 3, 4]);
-        let mixed = arc_round(&mut Bench::running(5, Compressor::Arc), 5, 0, &order);
+    fn arrival_order_changes_no_byte(order in permutation(5), energy in prop_oneof![Just(1.0f32), 0.1f32..1.0]) {
+        let algorithm = AlgorithmConfig { energy, ..algorithm(Compressor::Arc) };
+        let bench = || Bench::running_with(config(5), algorithm.clone());
+        let in_order = arc_round(&mut bench(), 5, 0, &[0, 1, 2, 3, 4]);
+        let mixed = arc_round(&mut bench(), 5, 0, &order);
         prop_assert_eq!(in_order.0, mixed.0);
         prop_assert_eq!(in_order.1, mixed.1);
     }

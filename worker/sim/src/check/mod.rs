@@ -362,6 +362,23 @@ impl Checker {
         }
     }
 
+    /// Whether this is a selection whose energy needs fewer rows than the density allows.
+    #[must_use]
+    pub fn is_short_selection(&self, shard: usize, header: &FrameHeader, body: &Bytes) -> bool {
+        if header.kind != FrameKind::Selection || header.flags.non_finite {
+            return false;
+        }
+        let shape = self.shape(shard, header);
+        let payload = Answer::of(header, body);
+        let selected = shape.decode_selection_body(payload.payload());
+        shape.energy < 1.0
+            && selected.is_ok_and(|selected| {
+                let kept = selected.kept();
+                let each = kept.iter().zip(&shape.sparse);
+                each.map(|(kept, s)| kept * s.width).sum::<usize>() < shape.budget_elements()
+            })
+    }
+
     fn shape(&self, shard: usize, header: &FrameHeader) -> RoundShape {
         let shard = ShardId(shard as u16);
         RoundShape::new(&self.plan, header.bucket, shard, header.update)

@@ -446,9 +446,18 @@ impl World<'_> {
             self.name(life),
             frame(&header)
         ));
+        let short = self.checker.is_short_selection(shard, &header, &body);
         match self.checker.answered(shard, life, &header, &body)? {
-            Origin::Formed => self.coverage.count("answers formed"),
-            Origin::Adopted => self.coverage.count("answers adopted"),
+            Origin::Formed => {
+                self.coverage.count("answers formed");
+                self.coverage
+                    .add("selections short of the density formed", u64::from(short));
+            }
+            Origin::Adopted => {
+                self.coverage.count("answers adopted");
+                self.coverage
+                    .add("selections short of the density adopted", u64::from(short));
+            }
             Origin::Known => {}
         }
         self.coverage.count("frames down");

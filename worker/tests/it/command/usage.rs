@@ -35,7 +35,7 @@ type Case<'a> = (&'a [&'a str], i32, &'a [&'a str]);
 
 #[test]
 fn bad_settings_are_explained() {
-    let cases: [Case<'_>; 11] = [
+    let cases: [Case<'_>; 12] = [
         (&["local", "--density", "0"], 2, &["density", "above 0"]),
         (
             &["local", "--density", "1.5"],
@@ -63,6 +63,11 @@ fn bad_settings_are_explained() {
             &["arc-ps certs"],
         ),
         (&["plan", "--rate", "fast"], 2, &["fast", "100mbit"]),
+        (
+            &["local", "--compressor", "topk", "--energy", "0.9"],
+            2,
+            &["energy is 0.9", "set compressor arc"],
+        ),
     ];
     for (args, code, words) in cases {
         let said = said(args);
@@ -133,6 +138,16 @@ fn settings_come_from_flags_then_environment_then_the_file() {
         "{}",
         wrong.error
     );
+}
+
+#[test]
+fn a_prediction_with_an_energy_is_said_to_be_an_upper_bound() {
+    let plan = |more: &[&str]| said(&[&["plan", "--densities", "0.2"], more].concat());
+    let (whole, by_energy) = (plan(&[]), plan(&["--energy", "0.9"]));
+    assert_eq!(by_energy.code, Some(0), "{}", by_energy.error);
+    assert!(by_energy.out.contains("arc at most 0.2, energy 0.9"));
+    assert!(by_energy.out.contains("upper bounds"));
+    assert!(!whole.out.contains("upper bounds"), "{}", whole.out);
 }
 
 #[test]
