@@ -1,7 +1,8 @@
-//! The end of a round: feedback state and result in one pass over the rows.
+//! The end of a round: rows that were sent leave the feedback state, and the result takes the buffer's place.
 
-use super::{PARALLEL_FROM, rows_per_chunk};
+use super::{PARALLEL_FROM, STREAM_FROM, rows_per_chunk};
 use crate::compress::TensorState;
+use crate::compress::simd::Stream;
 use crate::config::algorithm::Feedback;
 use core::ops::Range;
 use rayon::prelude::*;
@@ -21,7 +22,7 @@ impl<'a> Rows<'a> {
             self.numbers.len() * self.width,
             "values of the rows"
         );
-        assert!(self.numbers.is_sorted(), "rows ascend");
+        assert!(self.numbers.is_sorted_by(|a, b| a < b), "rows ascend");
         let inside = self
             .numbers
             .first()
@@ -60,59 +61,69 @@ pub(super) fn sparse(
     let width = state.width;
     let elements = rows.start * width..rows.end * width;
     let buffer = &mut buffer[elements.clone()];
+    let streams = buffer.len() >= STREAM_FROM;
     match state.feedback {
         Feedback::None => in_chunks(width, &rows, [buffer], |rows, [buffer]| {
-            replace(buffer, rows, mean)
+            replace(buffer, rows, mean, streams)
         }),
         Feedback::Ef14 => in_chunks(
             width,
             &rows,
             [buffer, &mut state.residual[elements]],
             |rows, [buffer, e]| {
-                e.copy_from_slice(buffer);
                 for (at, values) in sent.into_iter().flat_map(|sent| sent.within(rows.clone())) {
                     each(&mut e[at], values, |e, sent| *e -= sent);
                 }
-                replace(buffer, rows, mean);
+                replace(buffer, rows, mean, streams);
             },
         ),
-        Feedback::Ef21 => {
+        // v is U already.
+        Feedback::Ef21 | Feedback::Ef21m => {
             let arrays = [
                 buffer,
                 &mut state.local[elements.clone()],
                 &mut state.global[elements],
             ];
             in_chunks(width, &rows, arrays, |rows, [buffer, h, global]| {
-                advance(buffer, h, global, rows, sent, mean);
-            });
-        }
-        Feedback::Ef21m => {
-            let v = &mut state.momentum[elements.clone()];
-            let arrays = [
-                buffer,
-                &mut state.local[elements.clone()],
-                &mut state.global[elements],
-                v,
-            ];
-            in_chunks(width, &rows, arrays, |rows, [buffer, h, global, v]| {
-                v.copy_from_slice(buffer);
-                advance(buffer, h, global, rows, sent, mean);
+                advance(h, global, rows, sent, mean);
+                assign(buffer, global, streams);
             });
         }
     }
 }
+
+/// Narrower rows are scattered over zeros: their ends cost more than a line that is read for nothing.
+const STREAMED_WIDTH: usize = 16;
 
 /// The result of none and ef14: the mean where there is one, else zero.
-fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>) {
-    buffer.fill(0.0);
+fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>, streams: bool) {
+    if !streams || mean.width < STREAMED_WIDTH {
+        buffer.fill(0.0);
+        for (at, values) in mean.within(rows) {
+            buffer[at].copy_from_slice(values);
+        }
+        return;
+    }
+    let (mut done, end) = (0, buffer.len());
+    let mut result = Stream::new(buffer);
     for (at, values) in mean.within(rows) {
-        buffer[at].copy_from_slice(values);
+        result.zeros(at.start - done);
+        result.copy(values);
+        done = at.end;
+    }
+    result.zeros(end - done);
+}
+
+fn assign(to: &mut [f32], from: &[f32], streams: bool) {
+    if streams {
+        Stream::new(to).copy(from);
+    } else {
+        to.copy_from_slice(from);
     }
 }
 
-/// H += mean, h += sent (h = H if it did not count), result = H.
+/// H += mean, h += sent (h = H if it did not count).
 fn advance(
-    buffer: &mut [f32],
     h: &mut [f32],
     global: &mut [f32],
     rows: Range<usize>,
@@ -130,7 +141,6 @@ fn advance(
         }
         None => h.copy_from_slice(global),
     }
-    buffer.copy_from_slice(global);
 }
 
 fn each(slots: &mut [f32], values: &[f32], f: impl Fn(&mut f32, f32)) {
@@ -153,25 +163,17 @@ pub(super) fn dense(
     match state.feedback {
         Feedback::None => {}
         Feedback::Ef14 => {
-            let e = &mut state.residual[elements];
-            match sent {
-                None => e.copy_from_slice(buffer),
-                Some(sent) => {
-                    for ((e, u), sent) in e.iter_mut().zip(buffer.iter()).zip(sent) {
-                        *e = u - sent;
-                    }
-                }
+            if let Some(sent) = sent {
+                each(&mut state.residual[elements], sent, |e, sent| *e -= sent);
             }
         }
         Feedback::Ef21 | Feedback::Ef21m => {
-            if state.feedback == Feedback::Ef21m {
-                state.momentum[elements.clone()].copy_from_slice(buffer);
-            }
             state.local[elements.clone()].copy_from_slice(sent.unwrap_or(mean));
             state.global[elements].copy_from_slice(mean);
         }
     }
-    buffer.copy_from_slice(mean);
+    let streams = buffer.len() >= STREAM_FROM;
+    assign(buffer, mean, streams);
 }
 
 /// Cuts `arrays` (the same rows of each) into pieces of whole rows and runs `f` on each, on all threads if it is
