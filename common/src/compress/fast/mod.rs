@@ -151,8 +151,9 @@ impl Kernels for Fast {
         mean: &[f32],
     ) {
         if dense_round {
-            let sent = sent.map(|bytes| decoded(codec_up, bytes, rows.len() * state.width));
-            commit::dense(state, buffer, rows, sent.as_deref(), mean);
+            let values = rows.len() * state.width;
+            let sent = sent.map(|bytes| commit::Sent::new(bytes, codec_up, values));
+            commit::dense(state, buffer, rows, sent, mean);
         } else {
             self.commit_own_rows(
                 state, buffer, rows, selected, sent, codec_up, selected, mean,
@@ -173,14 +174,10 @@ impl Kernels for Fast {
     ) {
         let width = state.width;
         // Without feedback nobody asks what was sent.
-        let wanted = state.feedback != Feedback::None;
-        let values = sent
-            .filter(|_| wanted)
-            .map(|bytes| decoded(codec_up, bytes, selected.len() * width));
-        let sent = values.as_deref().map(|values| commit::Rows {
-            numbers: selected,
-            values,
-            width,
+        let wanted = sent.filter(|_| state.feedback != Feedback::None);
+        let sent = wanted.map(|bytes| {
+            let values = selected.len() * width;
+            (selected, commit::Sent::new(bytes, codec_up, values))
         });
         commit::sparse(
             state,
@@ -194,12 +191,6 @@ impl Kernels for Fast {
             },
         );
     }
-}
-
-fn decoded(codec: ValueCodec, bytes: &[u8], values: usize) -> Vec<f32> {
-    let mut out = vec![0.0; values];
-    codec.decode(bytes, &mut out);
-    out
 }
 
 multiversion! {
