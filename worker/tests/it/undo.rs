@@ -68,7 +68,7 @@ struct Choices(u64);
 impl Choices {
     fn one_in(&mut self, n: u64) -> bool {
         self.0 += 1;
-        ((noise(self.0) + 1.0) * 1e6) as u64 % n == 0
+        (((noise(self.0) + 1.0) * 1e6) as u64).is_multiple_of(n)
     }
 
     fn values(&mut self, len: usize) -> Vec<f32> {

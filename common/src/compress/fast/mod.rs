@@ -225,10 +225,8 @@ multiversion! {
 fn swap(values: &mut [f32], kept: &mut [f32]) -> bool {
     let mut largest = 0u32;
     for (x, kept) in values.iter_mut().zip(kept) {
-        let u = *x;
-        *x = *kept;
-        *kept = u;
-        largest = largest.max(u.to_bits() & 0x7fff_ffff);
+        core::mem::swap(x, kept);
+        largest = largest.max(kept.to_bits() & 0x7fff_ffff);
     }
     largest < f32::INFINITY.to_bits()
 }
