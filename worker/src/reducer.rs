@@ -157,9 +157,10 @@ pub trait Reducer: Send {
     /// If the length is wrong, the tensor was pushed before, or the job has ended.
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError>;
 
-    /// [`push`](Reducer::push) without a copy, where the reducer can: U is formed in the gradient's own memory, and the
-    /// result of [`for_each_result`](Reducer::for_each_result) lies there. Until [`give_back`](Reducer::give_back) the memory is
-    /// the reducer's; after a skipped step, or an error, its content is of no use.
+    /// [`push`](Reducer::push) without a copy, where the reducer can: while the step is open, the feedback state that a step which
+    /// is skipped or breaks off falls back on lies in the gradient's own memory, and afterwards the result of
+    /// [`for_each_result`](Reducer::for_each_result). Until [`give_back`](Reducer::give_back) the memory is the reducer's; after a
+    /// skipped step, or an error, its content is of no use.
     ///
     /// # Errors
     /// As [`push`](Reducer::push).

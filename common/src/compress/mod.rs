@@ -119,6 +119,48 @@ impl TensorState {
             1,
         )
     }
+
+    /// The array whose place U takes ([`Kernels::input`]): e of ef14, v of ef21m. Empty under the other rules.
+    #[must_use]
+    pub fn kept(&self) -> &[f32] {
+        match self.feedback {
+            Feedback::Ef14 => &self.residual,
+            Feedback::Ef21m => &self.momentum,
+            Feedback::None | Feedback::Ef21 => &[],
+        }
+    }
+
+    /// [`TensorState::kept`], to be written.
+    pub(crate) fn kept_mut(&mut self) -> &mut [f32] {
+        match self.feedback {
+            Feedback::Ef14 => &mut self.residual,
+            Feedback::Ef21m => &mut self.momentum,
+            Feedback::None | Feedback::Ef21 => &mut [],
+        }
+    }
+
+    /// U, once [`Kernels::input`] has formed it: in the place of what the rule keeps, or else in the buffer.
+    #[must_use]
+    pub fn formed<'a>(&'a self, buffer: &'a [f32]) -> &'a [f32] {
+        if self.kept().is_empty() {
+            buffer
+        } else {
+            self.kept()
+        }
+    }
+
+    /// Undoes [`Kernels::input`] for rows that were not committed: what lay in U's place is copied back from the buffer, so that
+    /// the state is what it was, to the bit.
+    ///
+    /// # Panics
+    /// If the buffer is shorter than the rows ask for.
+    pub fn withdraw(&mut self, buffer: &[f32], rows: Range<usize>) {
+        let elements = rows.start * self.width..rows.end * self.width;
+        let kept = self.kept_mut();
+        if !kept.is_empty() {
+            kept[elements.clone()].copy_from_slice(&buffer[elements]);
+        }
+    }
 }
 
 /// Parameters of the feedback rule.
@@ -133,15 +175,19 @@ pub struct FeedbackParams {
 /// The hot loops of a worker, for one tensor and a contiguous range of its rows (a shard's segment).
 ///
 /// A round of one tensor, in order:
-/// 1. [`Kernels::input`] turns the gradient buffer into U, where A = U − h (h = 0 for none and ef14):
-///    ef14: U = g + decay·e; ef21: U = g; ef21m: U = (1−η)v + ηg. State is **not** changed: a round that
-///    is skipped (trap 6) just forgets U.
+/// 1. [`Kernels::input`] forms U, where A = U − h (h = 0 for none and ef14): ef14: U = g + decay·e; ef21: U = g; ef21m:
+///    U = (1−η)v + ηg. ef14 and ef21m keep all of U that is not sent: U takes the place of e or v, and the old e or v that of g in
+///    the buffer. Then the end of the round need touch nothing but the rows that were sent, and a round that is skipped (trap 6) or
+///    breaks off is undone to the bit by [`TensorState::withdraw`]. Under none and ef21 U = g stays where it is.
 /// 2. [`Kernels::sketch`] P = A V / √r. (topk: [`Kernels::energy`] instead.)
 /// 3. [`Kernels::gather`] encodes A\[I,:\].
-/// 4. [`Kernels::commit`] changes the state and replaces the buffer by the result.
+/// 4. [`Kernels::commit`] takes what was sent off the state and replaces the buffer by the result.
 ///    (topk: [`Kernels::commit_own_rows`], whose result rows differ from the sent ones.)
 ///
-/// In a dense round all rows travel, and A is U for ef14/none, and g for ef21/ef21m (the estimate restarts:
+/// A worker that only takes the result ends the round with step 4 alone, without [`Kernels::input`] or after
+/// [`TensorState::withdraw`]: e and v stay as they are then.
+///
+/// In a dense round all rows travel, and A = U, which is g for ef21/ef21m (the estimate restarts:
 /// v = g, h = sent, H = mean; without rounding on the wire v = h).
 ///
 /// A worker that missed a round ("did not count") keeps everything under ef14: e = U. Under ef21/ef21m it takes H, as it is
@@ -156,7 +202,7 @@ pub trait Kernels: Send + Sync {
     /// Returns false if any element of U is NaN or infinite.
     fn input(
         &self,
-        state: &TensorState,
+        state: &mut TensorState,
         params: FeedbackParams,
         dense_round: bool,
         buffer: &mut [f32],

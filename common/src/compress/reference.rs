@@ -13,10 +13,11 @@ pub struct Reference;
 /// A\[row, column\] = U − h; h is absent under none and ef14, and in dense rounds.
 fn a(state: &TensorState, dense_round: bool, buffer: &[f32], row: usize, column: usize) -> f32 {
     let at = row * state.width + column;
+    let u = state.formed(buffer)[at];
     if dense_round || state.local.is_empty() {
-        buffer[at]
+        u
     } else {
-        buffer[at] - state.local[at]
+        u - state.local[at]
     }
 }
 
@@ -36,7 +37,7 @@ fn scattered<'a>(
 impl Kernels for Reference {
     fn input(
         &self,
-        state: &TensorState,
+        state: &mut TensorState,
         params: FeedbackParams,
         dense_round: bool,
         buffer: &mut [f32],
@@ -44,15 +45,22 @@ impl Kernels for Reference {
     ) -> bool {
         let mut finite = true;
         let elements = rows.start * state.width..rows.end * state.width;
-        for (x, i) in buffer[elements.clone()].iter_mut().zip(elements) {
-            *x = match state.feedback {
-                Feedback::Ef14 => *x + params.decay * state.residual[i],
+        let feedback = state.feedback;
+        for (i, x) in elements.clone().zip(&mut buffer[elements]) {
+            let g = *x;
+            let u = match feedback {
+                Feedback::Ef14 => g + params.decay * state.residual[i],
                 Feedback::Ef21m if !dense_round => {
-                    (1.0 - params.eta) * state.momentum[i] + params.eta * *x
+                    (1.0 - params.eta) * state.momentum[i] + params.eta * g
                 }
-                Feedback::None | Feedback::Ef21 | Feedback::Ef21m => *x,
+                Feedback::None | Feedback::Ef21 | Feedback::Ef21m => g,
             };
-            finite &= x.is_finite();
+            finite &= u.is_finite();
+            // U where the rule keeps it, and the old value where g was.
+            match state.kept_mut() {
+                [] => *x = u,
+                kept => *x = core::mem::replace(&mut kept[i], u),
+            }
         }
         finite
     }
@@ -130,11 +138,8 @@ impl Kernels for Reference {
         for (k, i) in all.enumerate() {
             match state.feedback {
                 Feedback::None => {}
-                Feedback::Ef14 => state.residual[i] = buffer[i] - sent_values[k],
+                Feedback::Ef14 => state.residual[i] -= sent_values[k],
                 Feedback::Ef21 | Feedback::Ef21m => {
-                    if state.feedback == Feedback::Ef21m {
-                        state.momentum[i] = buffer[i];
-                    }
                     state.local[i] = if sent.is_some() {
                         sent_values[k]
                     } else {
@@ -168,15 +173,11 @@ impl Kernels for Reference {
         match state.feedback {
             Feedback::None => {}
             Feedback::Ef14 => {
-                state.residual[all.clone()].copy_from_slice(&buffer[all.clone()]);
                 for (i, x) in scattered(sent_rows, &sent_values, width) {
                     state.residual[i] -= x;
                 }
             }
             Feedback::Ef21 | Feedback::Ef21m => {
-                if state.feedback == Feedback::Ef21m {
-                    state.momentum[all.clone()].copy_from_slice(&buffer[all.clone()]);
-                }
                 for (i, x) in scattered(sent_rows, &sent_values, width) {
                     state.local[i] += x;
                 }

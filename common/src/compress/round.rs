@@ -70,12 +70,15 @@ impl Round<'_> {
         let dense = self.kind == RoundKind::Dense;
         let rows = 0..states[0].rows;
         let mut finite = true;
-        for (state, buffer) in states.iter().zip(buffers.iter_mut()) {
+        for (state, buffer) in states.iter_mut().zip(buffers.iter_mut()) {
             finite &= self
                 .kernels
                 .input(state, self.params, dense, buffer, rows.clone());
         }
         if !finite {
+            for (state, buffer) in states.iter_mut().zip(buffers.iter()) {
+                state.withdraw(buffer, rows.clone());
+            }
             return RoundTrace {
                 skipped: true,
                 ..RoundTrace::default()

@@ -68,6 +68,113 @@ pub(crate) fn prefetch(values: &[f32]) {
     }
 }
 
+/// Writes a slice from its start on, each element once, past the caches where the CPU can (x86-64).
+///
+/// An ordinary store brings its line from memory before it changes it. Where all of a large array is written and nobody reads it
+/// soon, that is a pass over memory for nothing, and what the cache held is gone.
+#[derive(Debug)]
+pub(crate) struct Stream<'a> {
+    /// What is not written yet.
+    rest: &'a mut [f32],
+}
+
+impl<'a> Stream<'a> {
+    pub(crate) fn new(to: &'a mut [f32]) -> Self {
+        Self { rest: to }
+    }
+
+    /// The next `count` elements become zeros.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn zeros(&mut self, count: usize) {
+        past_caches::zeros(self.next(count));
+    }
+
+    /// The next elements become these.
+    ///
+    /// # Panics
+    /// If there are fewer.
+    pub(crate) fn copy(&mut self, values: &[f32]) {
+        past_caches::copy(self.next(values.len()), values);
+    }
+
+    fn next(&mut self, count: usize) -> &'a mut [f32] {
+        let (next, rest) = core::mem::take(&mut self.rest).split_at_mut(count);
+        self.rest = rest;
+        next
+    }
+}
+
+/// Until here the slice is borrowed, so that nobody reads it before what was streamed is there.
+impl Drop for Stream<'_> {
+    fn drop(&mut self) {
+        past_caches::fence();
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(
+    unsafe_code,
+    reason = "measured: none's commit of 25 MB at density 0.2, which is the result alone, takes a seventh less time"
+)]
+mod past_caches {
+    use std::arch::x86_64::{__m128, _mm_loadu_ps, _mm_setzero_ps, _mm_sfence, _mm_stream_ps};
+
+    /// What lies before the first multiple of 16 bytes, whole vectors, and the rest.
+    fn aligned(to: &mut [f32]) -> (&mut [f32], &mut [__m128], &mut [f32]) {
+        // SAFETY: four f32 in a row have size, and every pattern of bits, of a vector; `align_to_mut` sees to alignment.
+        unsafe { to.align_to_mut() }
+    }
+
+    pub(super) fn zeros(to: &mut [f32]) {
+        let (head, vectors, tail) = aligned(to);
+        head.fill(0.0);
+        for vector in vectors {
+            // SAFETY: SSE is part of x86-64, and the reference is aligned and may be written.
+            unsafe { _mm_stream_ps(core::ptr::from_mut(vector).cast(), _mm_setzero_ps()) };
+        }
+        tail.fill(0.0);
+    }
+
+    pub(super) fn copy(to: &mut [f32], from: &[f32]) {
+        assert_eq!(to.len(), from.len(), "as many as there are places");
+        let (head, vectors, tail) = aligned(to);
+        let (from_head, from) = from.split_at(head.len());
+        let (from_vectors, from_tail) = from.split_at(from.len() - tail.len());
+        head.copy_from_slice(from_head);
+        for (vector, values) in vectors.iter_mut().zip(from_vectors.as_chunks::<4>().0) {
+            // SAFETY: as above; `values` are four that may be read, aligned or not.
+            unsafe {
+                _mm_stream_ps(
+                    core::ptr::from_mut(vector).cast(),
+                    _mm_loadu_ps(values.as_ptr()),
+                )
+            };
+        }
+        tail.copy_from_slice(from_tail);
+    }
+
+    /// Streamed stores of this thread come before whatever it does next.
+    pub(super) fn fence() {
+        // SAFETY: SSE is part of x86-64.
+        unsafe { _mm_sfence() };
+    }
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+mod past_caches {
+    pub(super) fn zeros(to: &mut [f32]) {
+        to.fill(0.0);
+    }
+
+    pub(super) fn copy(to: &mut [f32], from: &[f32]) {
+        to.copy_from_slice(from);
+    }
+
+    pub(super) fn fence() {}
+}
+
 #[cfg(test)]
 thread_local! {
     static FORCED: std::cell::Cell<Option<Level>> = const { std::cell::Cell::new(None) };
@@ -128,3 +235,50 @@ macro_rules! multiversion {
     };
 }
 pub(crate) use multiversion;
+
+#[cfg(test)]
+mod tests {
+    use super::Stream;
+
+    #[test]
+    fn a_stream_writes_every_element_whatever_its_alignment() {
+        let values: Vec<f32> = (1..200).map(|x| x as f32).collect();
+        for start in 0..9 {
+            for lengths in [
+                vec![0],
+                vec![1, 2, 3],
+                vec![4, 4],
+                vec![5, 0, 17, 64],
+                vec![33, 1, 31],
+                vec![100, 7],
+            ] {
+                let all: usize = lengths.iter().sum();
+                let mut memory = vec![-1.0; start + all + 5];
+                let mut expected = memory.clone();
+                let mut stream = Stream::new(&mut memory[start..start + all]);
+                let mut at = start;
+                for (part, length) in lengths.into_iter().enumerate() {
+                    let to = &mut expected[at..at + length];
+                    if part % 2 == 0 {
+                        // What is read lies at other offsets than what is written.
+                        let from = &values[part..part + length];
+                        stream.copy(from);
+                        to.copy_from_slice(from);
+                    } else {
+                        stream.zeros(length);
+                        to.fill(0.0);
+                    }
+                    at += length;
+                }
+                drop(stream);
+                assert_eq!(memory, expected, "from {start} on");
+            }
+        }
+    }
+
+    #[test]
+    #[should_panic(expected = "mid > len")]
+    fn a_stream_ends_with_its_slice() {
+        Stream::new(&mut [0.0; 7]).copy(&[1.0; 8]);
+    }
+}

@@ -184,8 +184,9 @@ class Exchange:
     def push(self, index: int, gradient: torch.Tensor) -> None:
         """Hands over a gradient. It is on its way as soon as its bucket is complete.
 
-        One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use. On
-        the GPU that compresses, none is.
+        One of float32 is not copied: until :meth:`finish` its memory is where the worker computes, and its content of no use to
+        others. Feedback state lies there, so that who writes there spoils it if the step is skipped: :meth:`abandon` one that
+        breaks off. On the GPU that compresses, none is copied, and nothing of the state lies there.
         """
         # float16 would lose what its scale was for: it is unscaled as float32, in main memory.
         fits = self._scale == 1.0 or gradient.dtype != torch.float16
@@ -198,6 +199,14 @@ class Exchange:
         if self._scale != 1.0:
             values.mul_(1.0 / self._scale)
         self.session.lend(index, values, values.data_ptr(), values.numel())
+
+    def abandon(self) -> None:
+        """Forgets the open step, if there is one. What was pushed is its owner's again, and feedback state as it was before.
+
+        Only for a step that breaks off before a bucket was complete: shards take no others in the place of gradients that they got.
+        """
+        with contextlib.suppress(_native.ArcError):
+            self.session.abandon()
 
     def finish(self, results: Iterable[tuple[int, torch.Tensor]]) -> _native.Outcome:
         """Waits for the step, and writes the means to these tensors.

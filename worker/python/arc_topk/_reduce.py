@@ -39,7 +39,12 @@ def all_reduce(
             f"the first call had {len(known)} tensors of certain shapes and types, this one has others: give the same ones in "
             "the same order, or call arc_topk.shutdown() before"
         )
-    if not exchange.begin():
-        for index, (_, tensor) in enumerate(named):
-            exchange.push(index, tensor)
-    exchange.finish([(index, tensor) for index, (_, tensor) in enumerate(named)])
+    try:
+        if not exchange.begin():
+            for index, (_, tensor) in enumerate(named):
+                exchange.push(index, tensor)
+        exchange.finish([(index, tensor) for index, (_, tensor) in enumerate(named)])
+    except BaseException:
+        # The tensors are the caller's again.
+        exchange.abandon()
+        raise

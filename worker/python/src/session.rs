@@ -101,6 +101,16 @@ impl Held {
         std::mem::take(&mut self.lent)
     }
 
+    /// Forgets the open step: the tensors that it was lent are not needed to go back. Not on a GPU, where nothing of the state lies in
+    /// them, and where they are read until the device has come so far.
+    fn abandon(&mut self) -> Vec<Py<PyAny>> {
+        if self.gpu.is_some() {
+            return Vec::new();
+        }
+        self.reducer.abandon();
+        self.give_back()
+    }
+
     /// Holds what is being lent. Each place can be lent once: the reducer changes it.
     fn claim(&mut self, owner: Py<PyAny>, address: usize, bytes: usize) -> PyResult<()> {
         let end = address.saturating_add(bytes);
@@ -330,7 +340,7 @@ impl Session {
     }
 
     /// Hands over a tensor's gradient: `elements` contiguous elements of float32 at `address`, which is in the memory of `owner`.
-    /// The reducer works there until the results are taken, which then lie there.
+    /// The reducer works there until the results are taken, which then lie there. An error ends the step.
     fn lend(
         &self,
         py: Python<'_>,
@@ -340,14 +350,32 @@ impl Session {
         elements: usize,
     ) -> PyResult<()> {
         let lent = Memory::new(address, elements, "float32")?.lend();
-        self.with(py, move |held| {
-            held.claim(owner, address, elements * size_of::<f32>())?;
-            let pushed = match lent {
-                Some(lent) => held.reducer.lend(TensorId(tensor), lent),
-                None => held.reducer.push(TensorId(tensor), &[]),
+        let (pushed, given_back) = self.with(py, move |held| {
+            let pushed = held.claim(owner, address, elements * size_of::<f32>());
+            let pushed = pushed.and_then(|()| {
+                let pushed = match lent {
+                    Some(lent) => held.reducer.lend(TensorId(tensor), lent),
+                    None => held.reducer.push(TensorId(tensor), &[]),
+                };
+                pushed.map_err(|error| reducing(&error))
+            });
+            let given_back = if pushed.is_err() {
+                held.abandon()
+            } else {
+                Vec::new()
             };
-            pushed.map_err(|error| reducing(&error))
-        })
+            Ok((pushed, given_back))
+        })?;
+        // Here, where the interpreter's lock is held.
+        drop(given_back);
+        pushed
+    }
+
+    /// Forgets the open step, if there is one: what was lent is given back, and feedback state is as it was before.
+    fn abandon(&self, py: Python<'_>) -> PyResult<()> {
+        let lent = self.with(py, |held| Ok(held.abandon()))?;
+        drop(lent);
+        Ok(())
     }
 
     /// Hands over a gradient that lies on the GPU: `elements` contiguous elements of `dtype` at `address`, in the memory of
@@ -381,17 +409,17 @@ impl Session {
     /// Waits until every round of the step has closed, and commits.
     fn finish(&self, py: Python<'_>) -> PyResult<Outcome> {
         let (outcome, lent) = self.with(py, |held| {
-            let outcome = held.reducer.finish().map_err(|error| reducing(&error))?;
-            let lent = if outcome.skipped {
-                held.give_back()
-            } else {
-                Vec::new()
+            let outcome = held.reducer.finish();
+            let lent = match &outcome {
+                Ok(outcome) if !outcome.skipped => Vec::new(),
+                Ok(_) => held.give_back(),
+                Err(_) => held.abandon(),
             };
-            Ok((Outcome::from(&outcome), lent))
+            Ok((outcome, lent))
         })?;
         // Here, where the interpreter's lock is held.
         drop(lent);
-        Ok(outcome)
+        Ok(Outcome::from(&outcome.map_err(|error| reducing(&error))?))
     }
 
     /// Writes results, times `factor`, to tensors: `(tensor, address, elements, dtype)` of each. What was lent is given back.

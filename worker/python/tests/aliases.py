@@ -57,6 +57,26 @@ def overlapping(_rank: int) -> str:
     return "nothing"
 
 
+def broken_off(rank: int) -> list[bool]:
+    """Whether what was kept back is the same after a call that failed, whose tensors then change, and means still come."""
+    rows = torch.arange(64.0)[:, None] * (rank + 1) + torch.zeros(64, 32)
+    arc_topk.all_reduce([rows.clone(), rows.clone()], **jobs.SPARSE)
+    exchange = arc_topk.exchange()
+    before = exchange.state_dict()
+    whole = torch.ones(96, 32)
+    try:
+        arc_topk.all_reduce([whole[:64], whole[32:]], **jobs.SPARSE)
+    except arc_topk.ConfigError:
+        whole.fill_(float("nan"))
+    after = exchange.state_dict()
+    same = [torch.equal(before["arrays"][name], after["arrays"][name]) for name in before["arrays"]]
+    kept_back = any(bool(values.any()) for values in before["arrays"].values())
+    means = [torch.zeros(64, 32), torch.zeros(64, 32)]
+    arc_topk.all_reduce(means, **jobs.SPARSE)
+    arc_topk.shutdown()
+    return [*same, kept_back, after["step"] == before["step"], bool(means[0].any()), bool(means[0].isfinite().all())]
+
+
 def hooks(_rank: int) -> int:
     """How often a hook of the optimizer's step is called, after its state was loaded."""
     net = jobs.model()

@@ -20,6 +20,11 @@ def test_tensors_within_one_another_are_refused(shards, workers):
     assert all("same memory" in said for said in workers.run(shards(), 2, aliases.overlapping))
 
 
+def test_a_call_that_fails_needs_nothing_of_its_tensors(shards, workers):
+    for kept in workers.run(shards(), 2, aliases.broken_off):
+        assert all(kept)
+
+
 def test_a_hook_of_the_step_is_called_once(shards, workers):
     assert workers.run(shards(), 2, aliases.hooks) == [1, 1]
 

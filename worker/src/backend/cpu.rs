@@ -8,7 +8,6 @@ use super::{
     SentRows, StateArrays,
 };
 use arc_topk_common::compress::{Kernels, SketchShape, TensorState, ValueCodec, select_top_k};
-use arc_topk_common::config::algorithm::Feedback;
 use arc_topk_common::ids::{BucketId, TensorId};
 use arc_topk_common::plan::{Plan, Segment};
 use core::ops::Range;
@@ -30,7 +29,7 @@ struct Slot {
     /// nearly always zero is worth no memory. Empty while it is zero.
     late: Vec<f32>,
     rule: Rule,
-    /// Gradient, then U, then the result: m·n, padded with zeros.
+    /// Gradient; then U, or what lay in the place that U takes ([`TensorState::kept`]); then the result: m·n, padded with zeros.
     buffer: Buffer,
     /// Sketch of this step, m×r; empty unless the compressor needs one.
     sketch: Vec<f32>,
@@ -38,6 +37,8 @@ struct Slot {
     segments: Vec<Segment>,
     /// Whether all of U is finite, by segment.
     finite: Vec<bool>,
+    /// By segment: U was formed, and its round has not ended. Until then the buffer is what brings the state back.
+    open: Vec<bool>,
     /// ‖g‖², if it was asked for.
     gradient_energy: f64,
 }
@@ -75,6 +76,7 @@ impl CpuBackend {
                     buffer: Buffer::Own(Vec::new()),
                     sketch: Vec::new(),
                     finite: Vec::new(),
+                    open: vec![false; segments.len()],
                     segments,
                     gradient_energy: 0.0,
                 }
@@ -108,6 +110,7 @@ impl Slot {
 
     /// Before a gradient comes: there is a place for it. One that was lent is its own place, unless it lacks the padding.
     fn place(&mut self, gradient: Gradient<'_>) {
+        self.abandon();
         self.buffer.give_back();
         if let Gradient::Lent(lent) = gradient
             && lent.elements() == self.size()
@@ -147,15 +150,45 @@ impl Slot {
         }
     }
 
-    /// Before a commit without a gradient: U is what leaves e and v as they are.
-    fn recall(&mut self, rows: &Range<usize>) {
-        let range = self.range(rows);
-        let kept = match self.state.feedback {
-            Feedback::Ef14 => &self.state.residual,
-            Feedback::Ef21m => &self.state.momentum,
-            Feedback::None | Feedback::Ef21 => return,
-        };
-        self.buffer[range.clone()].copy_from_slice(&kept[range]);
+    /// Position of a segment.
+    fn at(&self, segment: Segment) -> usize {
+        let at = self.segments.iter().position(|known| *known == segment);
+        at.expect("a segment of the plan")
+    }
+
+    /// A segment's round ends with U.
+    fn close(&mut self, segment: Segment) {
+        let at = self.at(segment);
+        self.open[at] = false;
+    }
+
+    /// A segment's round ends without U, or has none: e and v are what they were.
+    fn withdraw(&mut self, segment: Segment) {
+        let at = self.at(segment);
+        if core::mem::take(&mut self.open[at]) {
+            self.state.withdraw(&self.buffer, rows_of(segment));
+        }
+    }
+
+    /// All rounds that are open end without U.
+    fn abandon(&mut self) {
+        for at in 0..self.segments.len() {
+            self.withdraw(self.segments[at]);
+        }
+    }
+
+    /// The state as it is if what is open is abandoned.
+    fn settled(&self) -> TensorState {
+        let mut state = self.state.clone();
+        for (segment, _) in self
+            .segments
+            .iter()
+            .zip(&self.open)
+            .filter(|(_, open)| **open)
+        {
+            state.withdraw(&self.buffer, rows_of(*segment));
+        }
+        state
     }
 
     /// Before a commit: U stays here if it was not counted, or has gone.
@@ -197,7 +230,7 @@ impl Slot {
             values.zip(late).for_each(|(u, late)| *u += late);
         }
         let finite = kernels.input(
-            &self.state,
+            &mut self.state,
             self.rule.params,
             pass.dense_round,
             &mut self.buffer,
@@ -238,19 +271,22 @@ impl CpuBackend {
                 self.kernels
                     .gather(&slot.state, false, &slot.buffer, rows, codec, out);
             }
-            // In a dense round A is what `input` left in the buffer, so there is nothing to subtract.
-            PieceValues::All => codec.encode(&slot.buffer[slot.range(&rows)], out),
+            // In a dense round A is U, so there is nothing to subtract.
+            PieceValues::All => {
+                codec.encode(&slot.state.formed(&slot.buffer)[slot.range(&rows)], out);
+            }
             PieceValues::Estimates => codec.encode(&slot.state.local[slot.range(&rows)], out),
         }
     }
 
     fn commit_segment(&mut self, end: &SegmentCommit<'_>) -> Energies {
         let slot = &mut self.slots[end.segment.tensor.index()];
-        slot.buffer.ensure(slot.size());
         let (rows, width) = (rows_of(end.segment), slot.state.width);
         if end.abstained {
-            slot.recall(&rows);
+            slot.withdraw(end.segment);
+            slot.buffer.ensure(slot.size());
         } else {
+            slot.close(end.segment);
             slot.keep(&rows, end.sent.is_some());
         }
         let (own, all): (&[u32], &[u32]) = match end.rows {
@@ -343,6 +379,7 @@ impl Backend for CpuBackend {
                 slot.gradient_energy += energy;
             }
             slot.finite.push(all_finite);
+            slot.open[index] = true;
         }
     }
 
@@ -350,8 +387,7 @@ impl Backend for CpuBackend {
         let shards = &self.buckets[bucket.index()];
         let finite = |segment: &Segment| {
             let slot = &self.slots[segment.tensor.index()];
-            let at = slot.segments.iter().position(|known| known == segment);
-            slot.finite[at.expect("a segment of the plan")]
+            slot.finite[slot.at(*segment)]
         };
         let finite = shards.iter().map(|of| of.iter().all(finite)).collect();
         let mut tensors: Vec<TensorId> = shards.iter().flatten().map(|s| s.tensor).collect();
@@ -383,6 +419,7 @@ impl Backend for CpuBackend {
 
     fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool) {
         let slot = &mut self.slots[segment.tensor.index()];
+        slot.withdraw(segment);
         slot.buffer.ensure(slot.size());
         let range = slot.range(&rows_of(segment));
         let global = &mut slot.state.global[range.clone()];
@@ -416,7 +453,12 @@ impl Backend for CpuBackend {
         &slot.buffer[..slot.elements]
     }
 
+    fn abandon(&mut self) {
+        self.slots.iter_mut().for_each(Slot::abandon);
+    }
+
     fn give_back(&mut self) {
+        self.abandon();
         self.slots
             .iter_mut()
             .for_each(|slot| slot.buffer.give_back());
@@ -428,12 +470,13 @@ impl Backend for CpuBackend {
 
     fn export(&self, tensor: TensorId) -> StateArrays {
         let slot = &self.slots[tensor.index()];
-        let late = [("residual", &slot.late)];
-        arrays(&slot.state)
+        let mut state = slot.settled();
+        let late = ("residual", slot.late.clone());
+        arrays(&mut state)
+            .map(|(name, values)| (name, core::mem::take(values)))
             .into_iter()
-            .chain(late)
+            .chain([late])
             .filter(|(_, values)| !values.is_empty())
-            .map(|(name, values)| (name, values.clone()))
             .collect()
     }
 
@@ -447,36 +490,37 @@ impl Backend for CpuBackend {
     }
 
     fn state_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)> {
-        arrays(&self.slots[tensor.index()].state)
-            .into_iter()
-            .filter(|(_, values)| !values.is_empty())
-            .map(|(name, values)| (name, values.len()))
-            .collect()
+        let state = &self.slots[tensor.index()].state;
+        let lengths = [
+            ("residual", state.residual.len()),
+            ("momentum", state.momentum.len()),
+            ("local", state.local.len()),
+            ("global", state.global.len()),
+        ];
+        lengths.into_iter().filter(|(_, len)| *len > 0).collect()
     }
 
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]) {
         let slot = &mut self.slots[tensor.index()];
+        slot.abandon();
         if slot.rule.keeps_late {
             slot.late = values.to_vec();
             return;
         }
-        let state = &mut slot.state;
-        let array = match name {
-            "residual" => &mut state.residual,
-            "momentum" => &mut state.momentum,
-            "local" => &mut state.local,
-            "global" => &mut state.global,
-            _ => unreachable!("names come from state_lengths"),
-        };
-        array.copy_from_slice(values);
+        let array = arrays(&mut slot.state)
+            .into_iter()
+            .find_map(|(known, array)| (known == name).then_some(array));
+        array
+            .expect("names come from state_lengths")
+            .copy_from_slice(values);
     }
 }
 
-fn arrays(state: &TensorState) -> [(&'static str, &Vec<f32>); 4] {
+fn arrays(state: &mut TensorState) -> [(&'static str, &mut Vec<f32>); 4] {
     [
-        ("residual", &state.residual),
-        ("momentum", &state.momentum),
-        ("local", &state.local),
-        ("global", &state.global),
+        ("residual", &mut state.residual),
+        ("momentum", &mut state.momentum),
+        ("local", &mut state.local),
+        ("global", &mut state.global),
     ]
 }

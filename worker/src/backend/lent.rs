@@ -1,4 +1,5 @@
-//! Gradients that stay where they are: U is formed in their own memory, and the result is left there.
+//! Gradients that stay where they are: while a step is open, what must be kept of the feedback state lies in their memory, and then
+//! the result does.
 #![allow(
     unsafe_code,
     reason = "memory of another owner, for longer than a call"
@@ -22,7 +23,8 @@ impl Lent {
     ///
     /// # Safety
     /// The memory must be there, aligned, initialised and used by nobody else from the call that hands it over until
-    /// `give_back` of the reducer that got it has returned true, or that reducer was dropped.
+    /// `give_back` of the reducer that got it has returned true, or that reducer was dropped. Who writes there before writes to the
+    /// feedback state that a step which does not end falls back on.
     #[must_use]
     pub unsafe fn new(address: NonNull<f32>, elements: usize) -> Self {
         Self { address, elements }
@@ -46,7 +48,7 @@ impl Lent {
     }
 }
 
-/// One tensor's gradient, then U, then the result.
+/// One tensor's gradient, what the open step keeps beside the state, and the result.
 #[derive(Debug)]
 pub(super) enum Buffer {
     /// The backend's own memory; empty until it is needed.

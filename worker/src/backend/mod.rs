@@ -30,7 +30,8 @@ pub enum Gradient<'a> {
     Bf16(&'a [bf16]),
     /// IEEE half.
     F16(&'a [f16]),
-    /// IEEE single, in memory that is the backend's until [`Backend::give_back`]: U and the result take the gradient's place there.
+    /// IEEE single, in memory that is the backend's until [`Backend::give_back`]. While the step is open, what brings the feedback
+    /// state back may lie there alone; then the result does.
     Lent(Lent),
     /// On a GPU, in memory that is the backend's until [`Backend::give_back`].
     OnDevice(&'a DeviceGradient),
@@ -168,8 +169,8 @@ pub struct DeviceFault(pub String);
 ///
 /// Order of calls in a step: [`load`](Backend::load) for every tensor of a bucket, then [`open`](Backend::open) for the bucket (of none if
 /// the worker abstains), then any of [`encode`](Backend::encode) and [`top_rows`](Backend::top_rows), then either
-/// [`commit`](Backend::commit) or [`restore`](Backend::restore) once for every segment, or nothing (the step is skipped and U is
-/// forgotten). Only those two change feedback state.
+/// [`commit`](Backend::commit) or [`restore`](Backend::restore) once for every segment, or [`abandon`](Backend::abandon) (the step is
+/// skipped or forgotten, whatever of it had come). Only those two change feedback state, as seen by [`export`](Backend::export).
 ///
 /// A call on a device can fail. [`failure`](Backend::failure) tells afterwards; nothing that a backend says after its failure
 /// means anything, and it stays failed.
@@ -194,11 +195,16 @@ pub trait Backend: Send {
     /// that was not counted, which takes H for its h.
     fn restore(&mut self, segment: Segment, codec: ValueCodec, mean: &[u8], counted: bool);
 
+    /// Forgets what was loaded and not ended by [`commit`](Backend::commit) or [`restore`](Backend::restore): feedback state is what
+    /// it was before the [`load`](Backend::load), to the bit. A backend that keeps U apart from the state has nothing to do.
+    fn abandon(&mut self) {}
+
     /// The result of a tensor after every segment was committed (elements, without padding). Empty if it lies on a device,
     /// where the gradient was lent.
     fn result(&self, tensor: TensorId) -> &[f32];
 
-    /// Memory that was lent is not touched any more. The results that lie there are no longer the backend's to give.
+    /// [Abandons](Backend::abandon) what is open; then memory that was lent is not touched any more. The results that lie there are no
+    /// longer the backend's to give.
     fn give_back(&mut self);
 
     /// An event of the device (a `CUevent`) that happens once the results lie where gradients were lent; `None`: they do already.
@@ -217,7 +223,7 @@ pub trait Backend: Send {
         None
     }
 
-    /// Feedback state of a tensor.
+    /// Feedback state of a tensor. While a step is open: that before it.
     fn export(&self, tensor: TensorId) -> StateArrays;
 
     /// Names and lengths of the arrays that [`Backend::export`] gives for a tensor.
@@ -226,8 +232,8 @@ pub trait Backend: Send {
     /// Names and lengths of further arrays that [`Backend::export`] may give or leave out.
     fn optional_lengths(&self, tensor: TensorId) -> Vec<(&'static str, usize)>;
 
-    /// Replaces one array of a tensor's feedback state. Name and length are from [`Backend::state_lengths`] or
-    /// [`Backend::optional_lengths`]; an optional one that is left out is empty.
+    /// Replaces one array of a tensor's feedback state; what is open of the tensor is [abandoned](Backend::abandon). Name and length
+    /// are from [`Backend::state_lengths`] or [`Backend::optional_lengths`]; an optional one that is left out is empty.
     fn import(&mut self, tensor: TensorId, name: &'static str, values: &[f32]);
 }
 

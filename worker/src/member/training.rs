@@ -92,6 +92,11 @@ impl Member {
         self.machine.for_each_result(f);
     }
 
+    /// See [`StepMachine::abandon`].
+    pub fn abandon(&mut self) {
+        self.machine.abandon();
+    }
+
     /// See [`StepMachine::give_back`].
     pub fn give_back(&mut self) {
         self.machine.give_back();

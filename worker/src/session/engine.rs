@@ -84,7 +84,7 @@ impl Engine {
                 if let Err(fault) = member.machine().check_device() {
                     self.shared.fail(fault.into());
                 }
-                complete = member.is_complete().then(|| member.machine().step());
+                complete = member.is_complete().then_some(core.attempt);
                 deadline = member.next_deadline();
                 std::mem::swap(&mut self.out, &mut core.out);
             }
@@ -98,7 +98,11 @@ impl Engine {
     }
 
     fn handle(&mut self, work: Work, core: &mut Core) {
-        let Core { member, out } = core;
+        let Core {
+            member,
+            out,
+            attempt: open,
+        } = core;
         match work {
             // The machine knows already; what follows from it lies in its outputs.
             Work::Told => {}
@@ -107,14 +111,14 @@ impl Engine {
                 let step = member.machine().step();
                 self.rounds.retain(|_, round| round.step == step);
             }
-            Work::Fill(step, tensor, pushed) => {
+            Work::Fill(attempt, tensor, pushed) => {
                 let gradient = match &pushed {
                     Pushed::Copied(values) => Gradient::F32(values),
                     Pushed::Lent(lent) => Gradient::Lent(*lent),
                     Pushed::OnDevice(lent) => Gradient::OnDevice(lent),
                 };
                 // What was lent for a step that has ended may be gone.
-                let filled = if step == member.machine().step() {
+                let filled = if attempt == *open {
                     member.fill(tensor, gradient, out)
                 } else {
                     Ok(())
@@ -126,9 +130,9 @@ impl Engine {
                     self.shared.recycle(values);
                 }
             }
-            Work::Flush(step) => {
+            Work::Flush(attempt) => {
                 // The rounds of a step may close before this comes, and the trainer go on.
-                if step == member.machine().step() {
+                if attempt == *open {
                     // A device that failed is found below.
                     let _failed = member.flush(out);
                 }

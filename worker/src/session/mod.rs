@@ -57,7 +57,7 @@ use arc_topk_common::plan::{Plan, PlanSpec};
 use arc_topk_common::wire::Control;
 use arc_topk_transport::{ConnectionSummary, Endpoint, LEAVE_CODE, VarInt, summary};
 use dial::{Dialer, Dialled};
-use shared::{Core, Pushed, Shared, Work};
+use shared::{Attempt, Core, Pushed, Shared, Work};
 use std::sync::{Arc, mpsc};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -83,7 +83,7 @@ pub struct QuicReducer {
     progress_timeout: Duration,
     pushed: Vec<bool>,
     /// The open step.
-    open: Option<Step>,
+    open: Option<Attempt>,
     behind: bool,
     start_step: Step,
     needs_snapshot: bool,
@@ -167,7 +167,11 @@ impl QuicReducer {
                 return Err(error);
             }
         };
-        let core = Core { member, out };
+        let core = Core {
+            member,
+            out,
+            attempt: 0,
+        };
         Self::start(dialer, plan, runtime, core, first, others)
     }
 
@@ -268,16 +272,31 @@ impl QuicReducer {
         Ok(core.member.machine_mut().swap_residual(tensor, values)?)
     }
 
-    /// The step that a gradient is for.
-    fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<Step, ReduceError> {
+    /// Forgets the open step, whatever of it has come, and ends all loans: feedback state is what it was when the step began, to the
+    /// bit. Call it where a step breaks off and what was lent may be used for something else before the next one begins. Shards
+    /// that have got frames of the step do not take others in their place.
+    pub fn abandon(&mut self) {
+        if self.open.take().is_some() {
+            self.shared.core().abandon();
+        }
+    }
+
+    /// No step is open; if the session has failed, that is why.
+    fn not_begun(&self) -> ReduceError {
+        let failure = self.shared.check().err();
+        failure.unwrap_or(ReduceError::Step(StepError::NotBegun))
+    }
+
+    /// The attempt that a gradient is for.
+    fn check_push(&mut self, tensor: TensorId, elements: usize) -> Result<Attempt, ReduceError> {
         let Some(planned) = self.plan.tensors.get(tensor.index()) else {
             return Err(ReduceError::Step(StepError::UnknownTensor {
                 tensor: tensor.0,
                 tensors: self.plan.tensors.len(),
             }));
         };
-        let Some(step) = self.open else {
-            return Err(ReduceError::Step(StepError::NotBegun));
+        let Some(attempt) = self.open else {
+            return Err(self.not_begun());
         };
         if planned.elements != elements {
             return Err(ReduceError::Step(StepError::GradientLength {
@@ -289,10 +308,10 @@ impl QuicReducer {
         if std::mem::replace(&mut self.pushed[tensor.index()], true) {
             return Err(ReduceError::Step(StepError::FilledTwice {
                 tensor: planned.spec.name.clone(),
-                step,
+                step: self.shared.core().member.machine().step(),
             }));
         }
-        Ok(step)
+        Ok(attempt)
     }
 
     fn shut_down(&mut self, code: u32, reason: &str) {
@@ -374,9 +393,14 @@ impl Reducer for QuicReducer {
         self.shared.check()?;
         self.pushed.fill(false);
         let mut core = self.shared.core();
-        let Core { member, out } = &mut *core;
+        core.attempt += 1;
+        let Core {
+            member,
+            out,
+            attempt,
+        } = &mut *core;
         self.behind = member.begin(out);
-        self.open = Some(member.machine().step());
+        self.open = Some(*attempt);
         drop(core);
         self.shared.begin();
         Ok(StepStart {
@@ -385,20 +409,20 @@ impl Reducer for QuicReducer {
     }
 
     fn push(&mut self, tensor: TensorId, gradient: &[f32]) -> Result<(), ReduceError> {
-        let step = self.check_push(tensor, gradient.len())?;
+        let attempt = self.check_push(tensor, gradient.len())?;
         if self.behind {
             // Nobody takes it any more.
             return self.shared.check();
         }
-        self.shared.push(step, tensor, gradient)
+        self.shared.push(attempt, tensor, gradient)
     }
 
     fn lend(&mut self, tensor: TensorId, gradient: Lent) -> Result<(), ReduceError> {
-        let step = self.check_push(tensor, gradient.elements())?;
+        let attempt = self.check_push(tensor, gradient.elements())?;
         if self.behind {
             return self.shared.check();
         }
-        self.shared.lend(step, tensor, Pushed::Lent(gradient))
+        self.shared.lend(attempt, tensor, Pushed::Lent(gradient))
     }
 
     fn lend_on_device(
@@ -406,11 +430,12 @@ impl Reducer for QuicReducer {
         tensor: TensorId,
         gradient: DeviceGradient,
     ) -> Result<(), ReduceError> {
-        let step = self.check_push(tensor, gradient.elements())?;
+        let attempt = self.check_push(tensor, gradient.elements())?;
         if self.behind {
             return self.shared.check();
         }
-        self.shared.lend(step, tensor, Pushed::OnDevice(gradient))
+        self.shared
+            .lend(attempt, tensor, Pushed::OnDevice(gradient))
     }
 
     fn finished(&mut self) -> Option<u64> {
@@ -431,16 +456,22 @@ impl Reducer for QuicReducer {
     }
 
     fn finish(&mut self) -> Result<StepOutcome, ReduceError> {
-        let Some(step) = self.open else {
-            return Err(ReduceError::Step(StepError::NotBegun));
+        let Some(attempt) = self.open else {
+            return Err(self.not_begun());
         };
         let started = Instant::now();
-        self.shared.flush(step);
-        self.shared.wait_complete(step, self.progress_timeout)?;
+        self.shared.flush(attempt);
+        let complete = self.shared.wait_complete(attempt, self.progress_timeout);
+        if let Err(error) = complete {
+            // The job has ended for this worker, whose last state may still be asked for.
+            self.abandon();
+            return Err(error);
+        }
         let wait_seconds = started.elapsed().as_secs_f64();
         let committing = Instant::now();
         let mut core = self.shared.core();
         let mut outcome = core.member.commit();
+        core.attempt += 1;
         self.open = None;
         core.member.machine().check_device()?;
         drop(core);

@@ -4,7 +4,7 @@ use super::link::Link;
 use crate::backend::{DeviceGradient, Lent};
 use crate::member::{Member, Output};
 use crate::reducer::ReduceError;
-use arc_topk_common::ids::{BucketId, ShardId, Step, TensorId};
+use arc_topk_common::ids::{BucketId, ShardId, TensorId};
 use arc_topk_common::wire::{Control, FrameHeader, FrameKind, Intent, Welcome};
 use arc_topk_transport::{Connection, Endpoint};
 use bytes::Bytes;
@@ -49,9 +49,9 @@ pub(super) enum Work {
     /// A step opens. The machine knows already; what follows from it lies in its outputs.
     Begin,
     /// A gradient of a step.
-    Fill(Step, TensorId, Pushed),
+    Fill(Attempt, TensorId, Pushed),
     /// No more gradients in this step.
-    Flush(Step),
+    Flush(Attempt),
     /// A shard does not want this worker, whichever connection says so.
     Refused { shard: ShardId, message: Control },
     /// The trainer told the machine something: its outputs are to be sent.
@@ -69,6 +69,9 @@ impl Work {
         }
     }
 }
+
+/// One opening of a step. What was queued for one that has ended, with a commit or without, is dropped.
+pub(super) type Attempt = u64;
 
 /// A gradient on its way to the engine.
 pub(super) enum Pushed {
@@ -91,6 +94,16 @@ pub(super) enum Next {
 pub(super) struct Core {
     pub(super) member: Member,
     pub(super) out: Vec<Output>,
+    /// The one that is open, or will be next.
+    pub(super) attempt: Attempt,
+}
+
+impl Core {
+    /// What is open ends without a trace: what was lent is not touched any more, not even what is still queued.
+    pub(super) fn abandon(&mut self) {
+        self.attempt += 1;
+        self.member.abandon();
+    }
 }
 
 /// A connected shard.
@@ -118,8 +131,8 @@ struct Inner {
     /// What fails from here on is no failure.
     leaving: bool,
     closed: bool,
-    /// The newest step whose rounds have all closed.
-    complete: Option<Step>,
+    /// The newest attempt whose rounds have all closed.
+    complete: Option<Attempt>,
     failure: Option<ReduceError>,
     last_progress: Instant,
     /// Rounds that wait for a shard, and the frame that was sent last.
@@ -242,7 +255,7 @@ impl Shared {
     /// Tells the machine something between steps and has the engine send what follows.
     pub(super) fn tell(&self, what: impl FnOnce(&mut Member, &mut Vec<Output>)) {
         let mut core = self.core();
-        let Core { member, out } = &mut *core;
+        let Core { member, out, .. } = &mut *core;
         what(member, out);
         drop(core);
         self.after_all(Work::Told);
@@ -257,7 +270,7 @@ impl Shared {
     /// Copies the gradient into the queue; waits for room in it, which the engine makes without the network.
     pub(super) fn push(
         &self,
-        step: Step,
+        attempt: Attempt,
         tensor: TensorId,
         gradient: &[f32],
     ) -> Result<(), ReduceError> {
@@ -280,37 +293,41 @@ impl Shared {
         drop(inner);
         copy.clear();
         copy.extend_from_slice(gradient);
-        self.after_all(Work::Fill(step, tensor, Pushed::Copied(copy)));
+        self.after_all(Work::Fill(attempt, tensor, Pushed::Copied(copy)));
         Ok(())
     }
 
     /// Queues a gradient that stays where it is.
     pub(super) fn lend(
         &self,
-        step: Step,
+        attempt: Attempt,
         tensor: TensorId,
         gradient: Pushed,
     ) -> Result<(), ReduceError> {
         self.check()?;
-        self.after_all(Work::Fill(step, tensor, gradient));
+        self.after_all(Work::Fill(attempt, tensor, gradient));
         Ok(())
     }
 
-    pub(super) fn flush(&self, step: Step) {
+    pub(super) fn flush(&self, attempt: Attempt) {
         let mut inner = self.inner();
         inner.last_progress = Instant::now();
-        inner.from_trainer.push_back(Work::Flush(step));
+        inner.from_trainer.push_back(Work::Flush(attempt));
         self.work.notify_one();
     }
 
-    /// Returns when every round of `step` has closed, or with the reason why not.
-    pub(super) fn wait_complete(&self, step: Step, limit: Duration) -> Result<(), ReduceError> {
+    /// Returns when every round of `attempt` has closed, or with the reason why not.
+    pub(super) fn wait_complete(
+        &self,
+        attempt: Attempt,
+        limit: Duration,
+    ) -> Result<(), ReduceError> {
         let mut inner = self.inner();
         loop {
             if let Some(failure) = &inner.failure {
                 return Err(failure.clone());
             }
-            if inner.complete == Some(step) {
+            if inner.complete == Some(attempt) {
                 return Ok(());
             }
             if !inner.lost.is_empty() {
@@ -455,7 +472,7 @@ impl Shared {
     }
 
     /// Books the time of one piece of work.
-    pub(super) fn worked(&self, time: Duration, complete: Option<Step>) {
+    pub(super) fn worked(&self, time: Duration, complete: Option<Attempt>) {
         let mut inner = self.inner();
         inner.compress += time;
         inner.last_progress = Instant::now();

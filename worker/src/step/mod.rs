@@ -28,8 +28,9 @@
 //!
 //! # Invariants
 //!
-//! - Feedback state changes in `commit` alone, and only if every round of the step closed and none was non-finite.
-//!   Until then the buffers hold U and what was sent is kept. A skipped step leaves the state as it was, bit for bit.
+//! - Feedback state, as [`export_state`](StepMachine::export_state) tells it, changes in `commit` alone, and only if every round of the
+//!   step closed and none was non-finite. Until then what was sent is kept, and what the backend needs to go back. A step that is
+//!   skipped, forgotten or [abandoned](StepMachine::abandon) leaves the state as it was, bit for bit.
 //! - What a round contributes to the state is decided by the answers' rosters, or their `counted` flags if the machine
 //!   was not told its rank (dense tensors of an arc round: by the Selection's; values: by the Mean's). What was not counted
 //!   stays whole in ef14's residual, that of tensors that travel whole too; under ef21 and ef21m h becomes H.
@@ -42,15 +43,18 @@
 //!
 //! | when | reads | writes |
 //! |---|---|---|
-//! | `fill`, chunk by chunk | g, e (the copy of g is blended and sketched while it is in a cache) | U |
+//! | `fill`, chunk by chunk | g, e | U in e's place, e in g's (and it is sketched while it is in a cache) |
 //! | Selection | μ of U | |
-//! | `commit` | U | e, result |
+//! | `commit` | μ of U | μ of e, which is U but for them; the result in g's place, past the caches |
+//!
+//! That is 5 passes and 3 μ. U in a buffer of its own, and e = U − sent at the end, would be 7 or another array of the model's size; the
+//! step that is undone, which is rare, pays one for that. ef21m does the same with v; ef21 and none have U = g.
 //!
 //! Beyond the open step, the machine holds the answers of the last [`RETAINED_STEPS`] steps, so that it can tell them to a
 //! shard that was restarted: about density × model each, in wire types.
 //!
-//! The copy of g lets the trainer keep its gradient; one that is lent ([`Gradient::Lent`]) is not copied, and U and the result take its
-//! place. Measured steps (every [`StepMachine::set_measure_every`]-th) read
+//! A copy of g lets the trainer keep its gradient, and is 2 passes more; one that is lent ([`Gradient::Lent`]) is not copied, and the
+//! result takes its place. Measured steps (every [`StepMachine::set_measure_every`]-th) read
 //! U and e once more; g is measured in `fill`'s cached chunk.
 
 mod commit;
@@ -255,6 +259,7 @@ impl StepMachine {
             );
         }
         self.open_rounds = self.rounds.iter().flatten().count();
+        // What is open of the step before is abandoned with it.
         self.backend.give_back();
         self.filled.fill(false);
         for (missing, bucket) in self.missing.iter_mut().zip(&self.plan.buckets) {
@@ -264,6 +269,16 @@ impl StepMachine {
         self.gradient_energy = 0.0;
         self.abstains = false;
         self.progress = Progress::Open;
+    }
+
+    /// Forgets the open step, whatever of it has come: feedback state is what it was when the step began, to the bit, and memory that
+    /// was lent is not touched any more. Without one, nothing happens.
+    pub fn abandon(&mut self) {
+        if self.progress == Progress::Open {
+            self.backend.give_back();
+            self.rounds.clear();
+            self.progress = Progress::Idle;
+        }
     }
 
     /// Hands over a gradient. When its bucket is complete, the first frames of its rounds are pushed onto `out`.
@@ -391,6 +406,7 @@ impl StepMachine {
             .any(|round| round.state() == State::NonFinite);
         let measured = self.measures();
         let committed = if skipped {
+            self.backend.abandon();
             Committed::default()
         } else {
             self.commit_rounds(measured)

@@ -26,4 +26,5 @@ mod store;
 mod support;
 #[cfg(feature = "train")]
 mod threads;
+mod undo;
 mod vectors;

@@ -1,4 +1,8 @@
 //! Workers and real shards over loopback QUIC: the same bits as in memory, and every end that a session can have.
+#![allow(
+    unsafe_code,
+    reason = "lending is a promise about memory, which the tests keep"
+)]
 
 use crate::net::{Job, leave_all, results, step, step_all};
 use crate::support::{self, algorithm, cluster, gradients, model, spec};
@@ -9,9 +13,11 @@ use arc_topk_common::plan::PlanSpec;
 use arc_topk_common::wire::Control;
 use arc_topk_ps::shard::Stage;
 use arc_topk_transport::TransportError;
+use arc_topk_worker::backend::Lent;
 use arc_topk_worker::reducer::{ReduceError, Reducer, TrainReport};
 use arc_topk_worker::session::{ConnectError, NetEvent, QuicReducer};
 use arc_topk_worker::step::{ByteCounts, StepError};
+use std::ptr::NonNull;
 use std::sync::{Arc, Mutex, mpsc};
 use std::time::Duration;
 
@@ -258,7 +264,80 @@ fn a_shard_that_shuts_down_for_good_ends_the_step_with_its_reason() {
     }
     // The failure stays.
     assert_eq!(waiting.begin().unwrap_err(), error);
+    assert_eq!(waiting.finish().unwrap_err(), error);
     drop(waiting);
+    job.shutdown();
+}
+
+/// Lends all but the last tensors.
+fn lend_most(worker: &mut QuicReducer, own: &mut [Vec<f32>], but: usize) {
+    worker.begin().unwrap();
+    let most = own.len() - but;
+    for (id, gradient) in (0..).map(TensorId).zip(&mut own[..most]) {
+        let address = NonNull::new(gradient.as_mut_ptr()).unwrap();
+        // SAFETY: the gradients outlive the loan, and nobody looks at them before it ends.
+        let lent = unsafe { Lent::new(address, gradient.len()) };
+        worker.lend(id, lent).unwrap();
+    }
+}
+
+#[test]
+fn a_step_that_is_abandoned_may_begin_again_with_other_gradients() {
+    let job = Job::start(2, 1);
+    let mut spec = arc_spec(2);
+    // One bucket, so that nothing is sent before the last tensor comes.
+    spec.algorithm.bucket_bytes = 1 << 20;
+    let mut worker = job.join(&spec).pop().unwrap();
+    let mut memory = cluster(&spec, 1);
+    for number in 0..4 {
+        let mut own = gradients(&spec, 1, 50 + number).remove(0);
+        lend_most(&mut worker, &mut own, 1);
+        assert!(!worker.give_back(), "a step is open");
+        worker.abandon();
+        assert!(worker.give_back());
+        own.iter_mut().for_each(|gradient| gradient.fill(f32::NAN));
+        assert!(worker.export_state() == support::state(&memory, 0));
+        assert_eq!(
+            worker.push(TensorId(0), &own[0]).unwrap_err(),
+            ReduceError::Step(StepError::NotBegun)
+        );
+
+        let given = gradients(&spec, 1, number);
+        step(&mut worker, &given[0]).unwrap();
+        support::step(&mut memory, &given);
+        assert!(results(&mut worker) == support::results(&memory, 0));
+        assert!(worker.export_state() == support::state(&memory, 0));
+    }
+    leave_all(vec![worker]);
+    job.shutdown();
+}
+
+#[test]
+fn a_job_that_ends_in_a_step_leaves_the_state_before_it_and_needs_nothing_of_what_was_lent() {
+    let mut job = Job::start(2, 2);
+    let spec = arc_spec(2);
+    let mut config = job.config();
+    config.reconnect_timeout = Duration::from_millis(500);
+    let mut workers = job.join_as(&config, &spec);
+    for outcome in step_all(&mut workers, &gradients(&spec, 2, 0)) {
+        outcome.unwrap();
+    }
+    let before = workers[0].export_state();
+    let mut own = gradients(&spec, 2, 1).remove(0);
+    // The other worker never pushes: this one waits.
+    lend_most(&mut workers[0], &mut own, 0);
+    job.status_when(1, |status| !status.open_rounds.is_empty());
+    let shard = job.servers.pop().unwrap();
+    job.runtime.block_on(shard.shutdown("maintenance"));
+    let error = workers[0].finish().unwrap_err();
+    assert!(
+        matches!(error, ReduceError::Disconnected { .. }),
+        "{error:?}"
+    );
+    assert!(workers[0].give_back());
+    own.iter_mut().for_each(|gradient| gradient.fill(f32::NAN));
+    assert!(workers[0].export_state() == before);
+    drop(workers);
     job.shutdown();
 }
 

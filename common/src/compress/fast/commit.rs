@@ -1,7 +1,8 @@
-//! The end of a round: feedback state and result in one pass over the rows.
+//! The end of a round: rows that were sent leave the feedback state, and the result takes the buffer's place.
 
-use super::{PARALLEL_FROM, rows_per_chunk};
-use crate::compress::TensorState;
+use super::{PARALLEL_FROM, STREAM_FROM, gather, rows_per_chunk};
+use crate::compress::simd::Stream;
+use crate::compress::{TensorState, ValueCodec};
 use crate::config::algorithm::Feedback;
 use core::ops::Range;
 use rayon::prelude::*;
@@ -21,13 +22,7 @@ impl<'a> Rows<'a> {
             self.numbers.len() * self.width,
             "values of the rows"
         );
-        assert!(self.numbers.is_sorted(), "rows ascend");
-        let inside = self
-            .numbers
-            .first()
-            .is_none_or(|r| *r as usize >= rows.start)
-            && self.numbers.last().is_none_or(|r| (*r as usize) < rows.end);
-        assert!(inside, "rows lie in the segment");
+        check_numbers(self.numbers, rows);
     }
 
     /// Those that lie in `rows`, as (elements relative to the first of `rows`, values).
@@ -45,92 +40,170 @@ impl<'a> Rows<'a> {
     }
 }
 
+fn check_numbers(numbers: &[u32], rows: &Range<usize>) {
+    assert!(numbers.is_sorted_by(|a, b| a < b), "rows ascend");
+    let inside = numbers.first().is_none_or(|r| *r as usize >= rows.start)
+        && numbers.last().is_none_or(|r| (*r as usize) < rows.end);
+    assert!(inside, "rows lie in the segment");
+}
+
+/// Values that are decoded together, and used while they are in the first-level cache: 16 KiB.
+const DECODED: usize = 1 << 12;
+
+/// What this worker sent, as it travelled: `values` of them, one array.
+#[derive(Clone, Copy)]
+pub(super) struct Sent<'a> {
+    bytes: &'a [u8],
+    codec: ValueCodec,
+    values: usize,
+}
+
+impl<'a> Sent<'a> {
+    /// # Panics
+    /// If the bytes are not of so many values.
+    pub(super) fn new(bytes: &'a [u8], codec: ValueCodec, values: usize) -> Self {
+        assert_eq!(
+            bytes.len(),
+            codec.encoded_bytes(values),
+            "bytes of the values"
+        );
+        Self {
+            bytes,
+            codec,
+            values,
+        }
+    }
+
+    /// Decodes some of them, from the block in which the first lies to that of the last.
+    fn decode<'s>(&self, wanted: Range<usize>, scratch: &'s mut Vec<f32>) -> &'s [f32] {
+        let block = gather::block(self.codec);
+        let from = wanted.start / block * block;
+        let to = wanted.end.next_multiple_of(block).min(self.values);
+        scratch.resize(to - from, 0.0);
+        let bytes = self.codec.encoded_bytes(from)..self.codec.encoded_bytes(to);
+        self.codec.decode(&self.bytes[bytes], scratch);
+        &scratch[wanted.start - from..wanted.end - from]
+    }
+
+    /// Calls `f` with what was sent of the rows in `rows`, a few at a time, as (elements relative to the first of `rows`,
+    /// values). `numbers` are those of all rows that were sent.
+    fn within(
+        &self,
+        numbers: &[u32],
+        width: usize,
+        rows: Range<usize>,
+        mut f: impl FnMut(Range<usize>, &[f32]),
+    ) {
+        let from = numbers.partition_point(|r| (*r as usize) < rows.start);
+        let to = numbers.partition_point(|r| (*r as usize) < rows.end);
+        let at_once = (DECODED / width).max(1);
+        let mut scratch = Vec::new();
+        for start in (from..to).step_by(at_once) {
+            let end = (start + at_once).min(to);
+            let values = self.decode(start * width..end * width, &mut scratch);
+            for (row, values) in numbers[start..end].iter().zip(values.chunks_exact(width)) {
+                let at = (*row as usize - rows.start) * width;
+                f(at..at + width, values);
+            }
+        }
+    }
+}
+
 /// A sparse round's end for the rows `rows`. `sent` is `None` if this worker did not count (or there is no feedback).
 pub(super) fn sparse(
     state: &mut TensorState,
     buffer: &mut [f32],
     rows: Range<usize>,
-    sent: Option<Rows<'_>>,
+    sent: Option<(&[u32], Sent<'_>)>,
     mean: Rows<'_>,
 ) {
     mean.check(&rows);
-    if let Some(sent) = &sent {
-        sent.check(&rows);
+    if let Some((numbers, _)) = sent {
+        check_numbers(numbers, &rows);
     }
     let width = state.width;
     let elements = rows.start * width..rows.end * width;
     let buffer = &mut buffer[elements.clone()];
+    let streams = buffer.len() >= STREAM_FROM;
     match state.feedback {
         Feedback::None => in_chunks(width, &rows, [buffer], |rows, [buffer]| {
-            replace(buffer, rows, mean)
+            replace(buffer, rows, mean, streams)
         }),
         Feedback::Ef14 => in_chunks(
             width,
             &rows,
             [buffer, &mut state.residual[elements]],
             |rows, [buffer, e]| {
-                e.copy_from_slice(buffer);
-                for (at, values) in sent.into_iter().flat_map(|sent| sent.within(rows.clone())) {
-                    each(&mut e[at], values, |e, sent| *e -= sent);
+                if let Some((numbers, sent)) = sent {
+                    sent.within(numbers, width, rows.clone(), |at, values| {
+                        each(&mut e[at], values, |e, sent| *e -= sent);
+                    });
                 }
-                replace(buffer, rows, mean);
+                replace(buffer, rows, mean, streams);
             },
         ),
-        Feedback::Ef21 => {
+        // v is U already.
+        Feedback::Ef21 | Feedback::Ef21m => {
             let arrays = [
                 buffer,
                 &mut state.local[elements.clone()],
                 &mut state.global[elements],
             ];
             in_chunks(width, &rows, arrays, |rows, [buffer, h, global]| {
-                advance(buffer, h, global, rows, sent, mean);
-            });
-        }
-        Feedback::Ef21m => {
-            let v = &mut state.momentum[elements.clone()];
-            let arrays = [
-                buffer,
-                &mut state.local[elements.clone()],
-                &mut state.global[elements],
-                v,
-            ];
-            in_chunks(width, &rows, arrays, |rows, [buffer, h, global, v]| {
-                v.copy_from_slice(buffer);
-                advance(buffer, h, global, rows, sent, mean);
+                advance(h, global, rows, sent, mean);
+                assign(buffer, global, streams);
             });
         }
     }
 }
+
+/// Narrower rows are scattered over zeros: their ends cost more than a line that is read for nothing.
+const STREAMED_WIDTH: usize = 16;
 
 /// The result of none and ef14: the mean where there is one, else zero.
-fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>) {
-    buffer.fill(0.0);
+fn replace(buffer: &mut [f32], rows: Range<usize>, mean: Rows<'_>, streams: bool) {
+    if !streams || mean.width < STREAMED_WIDTH {
+        buffer.fill(0.0);
+        for (at, values) in mean.within(rows) {
+            buffer[at].copy_from_slice(values);
+        }
+        return;
+    }
+    let (mut done, end) = (0, buffer.len());
+    let mut result = Stream::new(buffer);
     for (at, values) in mean.within(rows) {
-        buffer[at].copy_from_slice(values);
+        result.zeros(at.start - done);
+        result.copy(values);
+        done = at.end;
+    }
+    result.zeros(end - done);
+}
+
+fn assign(to: &mut [f32], from: &[f32], streams: bool) {
+    if streams {
+        Stream::new(to).copy(from);
+    } else {
+        to.copy_from_slice(from);
     }
 }
 
-/// H += mean, h += sent (h = H if it did not count), result = H.
+/// H += mean, h += sent (h = H if it did not count).
 fn advance(
-    buffer: &mut [f32],
     h: &mut [f32],
     global: &mut [f32],
     rows: Range<usize>,
-    sent: Option<Rows<'_>>,
+    sent: Option<(&[u32], Sent<'_>)>,
     mean: Rows<'_>,
 ) {
     for (at, values) in mean.within(rows.clone()) {
         each(&mut global[at], values, |h, x| *h += x);
     }
     match sent {
-        Some(sent) => {
-            for (at, values) in sent.within(rows) {
-                each(&mut h[at], values, |h, x| *h += x);
-            }
-        }
+        Some((numbers, sent)) => sent.within(numbers, mean.width, rows, |at, values| {
+            each(&mut h[at], values, |h, x| *h += x);
+        }),
         None => h.copy_from_slice(global),
     }
-    buffer.copy_from_slice(global);
 }
 
 fn each(slots: &mut [f32], values: &[f32], f: impl Fn(&mut f32, f32)) {
@@ -144,7 +217,7 @@ pub(super) fn dense(
     state: &mut TensorState,
     buffer: &mut [f32],
     rows: Range<usize>,
-    sent: Option<&[f32]>,
+    sent: Option<Sent<'_>>,
     mean: &[f32],
 ) {
     let elements = rows.start * state.width..rows.end * state.width;
@@ -153,25 +226,26 @@ pub(super) fn dense(
     match state.feedback {
         Feedback::None => {}
         Feedback::Ef14 => {
-            let e = &mut state.residual[elements];
-            match sent {
-                None => e.copy_from_slice(buffer),
-                Some(sent) => {
-                    for ((e, u), sent) in e.iter_mut().zip(buffer.iter()).zip(sent) {
-                        *e = u - sent;
-                    }
+            let mut scratch = Vec::new();
+            let pieces = state.residual[elements].chunks_mut(DECODED);
+            for (start, e) in (0..).step_by(DECODED).zip(pieces) {
+                if let Some(sent) = &sent {
+                    let values = sent.decode(start..start + e.len(), &mut scratch);
+                    each(e, values, |e, sent| *e -= sent);
                 }
             }
         }
         Feedback::Ef21 | Feedback::Ef21m => {
-            if state.feedback == Feedback::Ef21m {
-                state.momentum[elements.clone()].copy_from_slice(buffer);
+            let h = &mut state.local[elements.clone()];
+            match sent {
+                Some(sent) => sent.codec.decode(sent.bytes, h),
+                None => h.copy_from_slice(mean),
             }
-            state.local[elements.clone()].copy_from_slice(sent.unwrap_or(mean));
             state.global[elements].copy_from_slice(mean);
         }
     }
-    buffer.copy_from_slice(mean);
+    let streams = buffer.len() >= STREAM_FROM;
+    assign(buffer, mean, streams);
 }
 
 /// Cuts `arrays` (the same rows of each) into pieces of whole rows and runs `f` on each, on all threads if it is

@@ -43,7 +43,7 @@ pub(super) fn gather(source: Source<'_>, selected: &[u32], out: &mut Vec<u8>) {
 }
 
 /// Values that are encoded together.
-fn block(codec: ValueCodec) -> usize {
+pub(super) fn block(codec: ValueCodec) -> usize {
     match codec.value_type {
         ValueType::F32 | ValueType::Bf16 | ValueType::F16 => 1,
         ValueType::Int8 | ValueType::Int4 => codec.quant_block,

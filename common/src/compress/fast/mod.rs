@@ -20,6 +20,8 @@ const LANES: usize = 16;
 const CHUNK: usize = 1 << 14;
 /// Below this many elements, handing work to other threads costs more than it saves.
 const PARALLEL_FROM: usize = 1 << 17;
+/// From this many elements of a segment on, results are written past the caches: 128 KiB, of which a model has many.
+const STREAM_FROM: usize = 1 << 15;
 
 /// [`Kernels`] for daily use on the CPU. Large tensors use the rayon pool that the caller runs in.
 #[derive(Clone, Copy, Debug, Default)]
@@ -42,35 +44,41 @@ fn estimate(state: &TensorState, elements: Range<usize>) -> Option<&[f32]> {
 impl Kernels for Fast {
     fn input(
         &self,
-        state: &TensorState,
+        state: &mut TensorState,
         params: FeedbackParams,
         dense_round: bool,
         buffer: &mut [f32],
         rows: Range<usize>,
     ) -> bool {
         let elements = rows.start * state.width..rows.end * state.width;
-        let buffer = &mut buffer[elements.clone()];
-        let (old, new, g): (&[f32], _, _) = match state.feedback {
-            Feedback::Ef14 => (&state.residual[elements], params.decay, 1.0),
-            Feedback::Ef21m if !dense_round => {
-                (&state.momentum[elements], 1.0 - params.eta, params.eta)
-            }
-            Feedback::None | Feedback::Ef21 | Feedback::Ef21m => (&[], 0.0, 1.0),
+        let values = &mut buffer[elements.clone()];
+        let blends = match state.feedback {
+            Feedback::Ef14 => Some((params.decay, 1.0)),
+            Feedback::Ef21m if !dense_round => Some((1.0 - params.eta, params.eta)),
+            Feedback::None | Feedback::Ef21 | Feedback::Ef21m => None,
         };
-        let blend = |chunk: &mut [f32], old: &[f32]| combine(chunk, old, new, g);
-        match (old.is_empty(), buffer.len() >= PARALLEL_FROM) {
-            (true, false) => finite(buffer),
-            (true, true) => buffer
-                .par_chunks(CHUNK)
-                .map(finite)
-                .reduce(|| true, |a, b| a & b),
-            (false, false) => blend(buffer, old),
-            (false, true) => {
-                let chunks = buffer.par_chunks_mut(CHUNK).zip(old.par_chunks(CHUNK));
-                chunks
-                    .map(|(chunk, old)| blend(chunk, old))
-                    .reduce(|| true, |a, b| a & b)
-            }
+        let form = |values: &mut [f32], kept: &mut [f32]| match blends {
+            Some((old, g)) => blend(values, kept, old, g),
+            None => swap(values, kept),
+        };
+        let large = values.len() >= PARALLEL_FROM;
+        let kept = state.kept_mut();
+        if kept.is_empty() {
+            return if large {
+                let chunks = values.par_chunks(CHUNK).map(finite);
+                chunks.reduce(|| true, |a, b| a & b)
+            } else {
+                finite(values)
+            };
+        }
+        let kept = &mut kept[elements];
+        if large {
+            let chunks = values.par_chunks_mut(CHUNK).zip(kept.par_chunks_mut(CHUNK));
+            chunks
+                .map(|(values, kept)| form(values, kept))
+                .reduce(|| true, |a, b| a & b)
+        } else {
+            form(values, kept)
         }
     }
 
@@ -86,7 +94,7 @@ impl Kernels for Fast {
         assert_eq!(out.len(), rows.len() * shape.rank, "sketch of the rows");
         let elements = rows.start * shape.width..rows.end * shape.width;
         sketch::sketch(
-            &buffer[elements.clone()],
+            &state.formed(buffer)[elements.clone()],
             estimate(state, elements),
             shape,
             key,
@@ -98,7 +106,7 @@ impl Kernels for Fast {
         assert_eq!(out.len(), rows.len(), "energy of the rows");
         let elements = rows.start * state.width..rows.end * state.width;
         sketch::energy(
-            &buffer[elements.clone()],
+            &state.formed(buffer)[elements.clone()],
             estimate(state, elements),
             state.width,
             out,
@@ -121,7 +129,7 @@ impl Kernels for Fast {
         };
         gather::gather(
             gather::Source {
-                values: buffer,
+                values: state.formed(buffer),
                 estimate,
                 width: state.width,
                 codec,
@@ -143,8 +151,9 @@ impl Kernels for Fast {
         mean: &[f32],
     ) {
         if dense_round {
-            let sent = sent.map(|bytes| decoded(codec_up, bytes, rows.len() * state.width));
-            commit::dense(state, buffer, rows, sent.as_deref(), mean);
+            let values = rows.len() * state.width;
+            let sent = sent.map(|bytes| commit::Sent::new(bytes, codec_up, values));
+            commit::dense(state, buffer, rows, sent, mean);
         } else {
             self.commit_own_rows(
                 state, buffer, rows, selected, sent, codec_up, selected, mean,
@@ -165,14 +174,10 @@ impl Kernels for Fast {
     ) {
         let width = state.width;
         // Without feedback nobody asks what was sent.
-        let wanted = state.feedback != Feedback::None;
-        let values = sent
-            .filter(|_| wanted)
-            .map(|bytes| decoded(codec_up, bytes, selected.len() * width));
-        let sent = values.as_deref().map(|values| commit::Rows {
-            numbers: selected,
-            values,
-            width,
+        let wanted = sent.filter(|_| state.feedback != Feedback::None);
+        let sent = wanted.map(|bytes| {
+            let values = selected.len() * width;
+            (selected, commit::Sent::new(bytes, codec_up, values))
         });
         commit::sparse(
             state,
@@ -188,12 +193,6 @@ impl Kernels for Fast {
     }
 }
 
-fn decoded(codec: ValueCodec, bytes: &[u8], values: usize) -> Vec<f32> {
-    let mut out = vec![0.0; values];
-    codec.decode(bytes, &mut out);
-    out
-}
-
 multiversion! {
 /// Whether no element is NaN or infinite.
 fn finite(values: &[f32]) -> bool {
@@ -206,12 +205,28 @@ fn finite(values: &[f32]) -> bool {
 }
 
 multiversion! {
-/// `values[i] ← g·values[i] + new·old[i]`, written so that a factor of 1 is exact. Returns whether all is finite.
-fn combine(values: &mut [f32], old: &[f32], new: f32, g: f32) -> bool {
+/// `kept[i] ← old·kept[i] + g·values[i]`, written so that a factor of 1 is exact, and `values[i]` ← what `kept[i]` was.
+/// Returns whether all that was formed is finite.
+fn blend(values: &mut [f32], kept: &mut [f32], old: f32, g: f32) -> bool {
     let mut largest = 0u32;
-    for (x, old) in values.iter_mut().zip(old) {
-        *x = new * old + g * *x;
-        largest = largest.max(x.to_bits() & 0x7fff_ffff);
+    for (x, kept) in values.iter_mut().zip(kept) {
+        let before = *kept;
+        let u = old * before + g * *x;
+        *kept = u;
+        *x = before;
+        largest = largest.max(u.to_bits() & 0x7fff_ffff);
+    }
+    largest < f32::INFINITY.to_bits()
+}
+}
+
+multiversion! {
+/// Exchanges them. Returns whether all of `kept` is finite then.
+fn swap(values: &mut [f32], kept: &mut [f32]) -> bool {
+    let mut largest = 0u32;
+    for (x, kept) in values.iter_mut().zip(kept) {
+        core::mem::swap(x, kept);
+        largest = largest.max(kept.to_bits() & 0x7fff_ffff);
     }
     largest < f32::INFINITY.to_bits()
 }

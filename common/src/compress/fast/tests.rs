@@ -16,6 +16,13 @@ const PARAMS: FeedbackParams = FeedbackParams {
     decay: 0.9,
 };
 
+const RULES: [Feedback; 4] = [
+    Feedback::None,
+    Feedback::Ef14,
+    Feedback::Ef21,
+    Feedback::Ef21m,
+];
+
 /// Numbers in (−1, 1), the same for the same seed.
 fn noise(seed: u32, len: usize) -> Vec<f32> {
     let key = ProjectionKey {
@@ -60,7 +67,7 @@ fn round(
     let rows = part.end + 1;
     let mut state = state(feedback, rows, shape.width);
     let mut buffer = noise(1, rows * shape.width);
-    assert!(kernels.input(&state, PARAMS, dense, &mut buffer, part.clone()));
+    assert!(kernels.input(&mut state, PARAMS, dense, &mut buffer, part.clone()));
     let mut sketch = vec![0.0; part.len() * shape.rank];
     let mut energy = vec![0.0; part.len()];
     kernels.sketch(&state, shape, KEY, &buffer, part.clone(), &mut sketch);
@@ -96,7 +103,7 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
     #[test]
     fn fast_agrees_with_the_reference(
-        feedback in prop::sample::select(vec![Feedback::None, Feedback::Ef14, Feedback::Ef21, Feedback::Ef21m]),
+        feedback in prop::sample::select(RULES.to_vec()),
         value_type in prop::sample::select(vec![ValueType::F32, ValueType::Bf16, ValueType::F16, ValueType::Int8, ValueType::Int4]),
         gaussian: bool, dense: bool, counted: bool,
         width in 1usize..80, rank in 1usize..20, start in 0usize..3, rows in 1usize..60, quant_block in 1usize..40,
@@ -147,6 +154,69 @@ fn large_tensors_are_the_same_on_any_number_of_threads() {
     }
 }
 
+/// Segments whose results go past the caches, with rows that begin anywhere.
+#[test]
+fn large_segments_are_the_references() {
+    let codec = ValueCodec {
+        value_type: ValueType::Bf16,
+        quant_block: 64,
+    };
+    for feedback in RULES {
+        for width in [1, 15, 16, 37, 130] {
+            for (dense, counted) in [(false, true), (false, false), (true, true), (true, false)] {
+                let shape = SketchShape {
+                    width,
+                    rank: 2,
+                    kind: ProjectionKind::Rademacher,
+                };
+                let part = 3..3 + (STREAM_FROM + 77).div_ceil(width);
+                let run = |kernels| {
+                    let (state, buffer, ..) = round(
+                        kernels,
+                        feedback,
+                        dense,
+                        shape,
+                        part.clone(),
+                        counted,
+                        codec,
+                    );
+                    (state, buffer)
+                };
+                assert!(run(&Fast) == run(&Reference), "{feedback:?}, {width}");
+            }
+        }
+    }
+}
+
+/// A round that does not end: rows that were formed are withdrawn, whatever they hold.
+#[test]
+fn what_was_formed_is_withdrawn_to_the_bit() {
+    for kernels in [&Fast as &dyn Kernels, &Reference] {
+        for feedback in RULES {
+            for (dense, width, bad) in [
+                (false, 7, 1.0),
+                (true, 7, f32::NAN),
+                (false, 40_000, f32::INFINITY),
+                (true, 40_000, 1e30),
+            ] {
+                let before = state(feedback, 6, width);
+                let (mut open, mut buffer) = (before.clone(), noise(9, 6 * width));
+                buffer[2 * width] = bad;
+                let finite = kernels.input(&mut open, PARAMS, dense, &mut buffer, 1..5);
+                assert_eq!(finite, bad.is_finite());
+                assert_eq!(
+                    open == before,
+                    before.kept().is_empty(),
+                    "U is in its place"
+                );
+                open.withdraw(&buffer, 1..3);
+                open.withdraw(&buffer, 3..5);
+                assert_eq!(open, before);
+            }
+        }
+    }
+}
+
 #[test]
 fn input_sees_what_is_not_finite_only_in_its_rows() {
     for kernels in [&Fast as &dyn Kernels, &Reference] {
@@ -155,8 +225,11 @@ fn input_sees_what_is_not_finite_only_in_its_rows() {
                 let state = TensorState::new(feedback, 4, 50_000);
                 let mut buffer = vec![1.0; 200_000];
                 buffer[50_001] = bad;
-                assert!(kernels.input(&state, PARAMS, false, &mut buffer.clone(), 2..4));
-                assert!(!kernels.input(&state, PARAMS, false, &mut buffer, 0..4));
+                for (rows, finite) in [(2..4, true), (0..4, false)] {
+                    let (mut state, mut buffer) = (state.clone(), buffer.clone());
+                    let found = kernels.input(&mut state, PARAMS, false, &mut buffer, rows);
+                    assert_eq!(found, finite);
+                }
             }
         }
     }

@@ -190,7 +190,7 @@ fn run(case: &Case, seed: u64) -> Outputs {
         .map(|place| {
             let e = &mut expected[place.tensor];
             Reference.input(
-                &e.state,
+                &mut e.state,
                 PARAMS,
                 case.dense_round,
                 &mut e.buffer,
@@ -363,12 +363,10 @@ fn check_energies(device: &mut Device, expected: &[Expected]) {
     }
     let residual = device.energies(EnergySource::Blended, false);
     for (place, rows) in places.iter().zip(&residual) {
-        let state = &expected[place.tensor].state;
+        let Expected { state, buffer, .. } = &expected[place.tensor];
         let of = place.rows.start * state.width..place.rows.end * state.width;
-        let want: f64 = state.residual[of]
-            .iter()
-            .map(|x| f64::from(*x).powi(2))
-            .sum();
+        // While the round is open, e lies in the buffer.
+        let want: f64 = buffer[of].iter().map(|x| f64::from(*x).powi(2)).sum();
         assert!(near(rows.iter().sum(), want));
     }
 }
@@ -453,15 +451,8 @@ fn check_round(case: &Case, device: &mut Device, expected: &mut [Expected], outp
     device.commit(&ends);
     for (i, place) in places.iter().enumerate() {
         let e = &mut expected[place.tensor];
-        let of = place.rows.start * e.state.width..place.rows.end * e.state.width;
         if case.outcome == Outcome::Abstained {
-            // As CpuBackend does: U is what leaves e and v as they are.
-            let kept = [&e.state.residual, &e.state.momentum]
-                .into_iter()
-                .find(|a| !a.is_empty());
-            if let Some(kept) = kept {
-                e.buffer[of.clone()].copy_from_slice(&kept[of]);
-            }
+            e.state.withdraw(&e.buffer, place.rows.clone());
         }
         let mut mean = vec![0.0; wanted[i].values];
         case.down.decode(&means[i], &mut mean);
