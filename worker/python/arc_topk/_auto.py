@@ -33,6 +33,8 @@ _WORTH = 10
 _WINDOW = 5
 #: Steps for which changes are not followed any more, once one was and has changed nothing.
 _CALM = 50
+#: Most steps for which either is put off because nothing came of it.
+_MOST = 8000
 #: Share of the time that may go into looking at the slower way, and steps between two looks at least.
 _CURIOSITY, _PATIENCE = 0.005, 500
 
@@ -159,8 +161,8 @@ class Auto:
         reason = f"{self.way.value}: {mine:.3g} s a step, where {self.way.other.value} takes {others:.3g} s"
         same = self.choice is not None and self.choice.way is self.way
         # Whoever looks often and finds nothing should look less often.
-        self._patience = 2 * self._patience if same else _PATIENCE
-        self._calm = max(_CALM, 2 * self._calm) if same and self._followed else 0
+        self._patience = min(2 * self._patience, _MOST) if same else _PATIENCE
+        self._calm = min(max(_CALM, 2 * self._calm), _MOST) if same and self._followed else 0
         looking = (_SETTLE + _LONG) * max(0.0, others - mine)
         self._look_after = max(self._patience, round(looking / mine / _CURIOSITY))
         self._since, self._followed = 0, False

@@ -123,7 +123,7 @@ class Exchange:
         if state is not None:
             check_state(state)
         step, update = (0, 0) if state is None else (state["step"], state["update"])
-        #: Updates that were made before the next step: all steps that were not skipped.
+        #: Updates before the next step: all steps that were not skipped, and all that were averaged by other means.
         self.update: int = update
         options = {
             "peers": peers.native(),

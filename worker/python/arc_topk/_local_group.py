@@ -45,7 +45,11 @@ class LocalGroup:
         if not (dist.is_available() and dist.is_initialized()):
             raise ConfigError("local_group needs a process group: call torch.distributed.init_process_group before")
         told: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(told, _members(own() if callable(own) else own))
+        try:
+            members = _members(own() if callable(own) else own)
+        except Exception as error:  # noqa: BLE001 - the others wait for a word
+            members = f"local_group: {type(error).__name__}: {error}"
+        dist.all_gather_object(told, members)
         parts = partition(told)
         rank = dist.get_rank()
         machine = next(at for at, part in enumerate(parts) if rank in part)

@@ -12,8 +12,8 @@ from typing import Any
 
 from ._native import ConfigError
 
-# Kept out of the plan's algorithm: how densities are given to single tensors, what each worker decides for itself, and what the
-# shards have no part in.
+# Kept out of the plan's algorithm: how densities are given to single tensors, what each worker decides for itself, and the mode,
+# which shards have no part in but to compare it.
 _NOT_ALGORITHM = ("densities", "device", "mode")
 
 

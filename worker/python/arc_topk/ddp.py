@@ -112,12 +112,14 @@ def register(
         group = LocalGroup.agreed(local_group)
         exchange = _machine.join(group, named, config, state)
         hook = _machine.LocalHook(module, exchange, group, scaler)
-    else:
-        exchange = open_exchange(named, config, state=state, beside=True)
-        hook = Hook(module, exchange, scaler)
-        if config.mode == "auto":
-            from ._auto_hook import AutoHook  # noqa: PLC0415 - PyTorch may be built without torch.distributed
+    elif config.mode == "auto":
+        from . import _auto_hook  # noqa: PLC0415 - PyTorch may be built without torch.distributed
 
-            hook = AutoHook(module, exchange, scaler, wrapped.process_group)
+        _auto_hook.check(config)
+        exchange = open_exchange(named, config, trainer=_auto_hook.TRAINER, state=state, beside=True)
+        hook = _auto_hook.AutoHook(module, exchange, scaler, wrapped.process_group)
+    else:
+        exchange = open_exchange(named, config, state=state)
+        hook = Hook(module, exchange, scaler)
     wrapped.register_comm_hook(hook, _ddp_hook)
     return exchange

@@ -541,7 +541,11 @@ impl Session {
         let values = floats(values);
         let held = self.with(py, |held| {
             let swapped = held.reducer.swap_residual(TensorId(tensor), values);
-            swapped.map_err(|error| reducing(&error))
+            let swapped = swapped.map_err(|error| reducing(&error))?;
+            held.reducer
+                .check_device()
+                .map_err(|error| reducing(&error))?;
+            Ok(swapped)
         })?;
         let bytes: Vec<u8> = held.iter().flat_map(|v| v.to_le_bytes()).collect();
         Ok(PyBytes::new(py, &bytes))

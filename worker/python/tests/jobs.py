@@ -88,13 +88,22 @@ def machine_of(form: str) -> Any:
     return dist.new_subgroups(2)[0] if form == "machines" else None
 
 
-def ddp(rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float = 25.0) -> list[torch.Tensor]:
-    """Parameters after some steps; ``settings`` of None: DDP's own averaging."""
+def mode_of(form: str) -> dict[str, Any]:
+    """With the form ``auto`` each step goes the way that is faster."""
+    return {"mode": "auto"} if form == "auto" else {}
+
+
+def ddp(
+    rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float = 25.0, seen: list[arc_topk.Exchange] | None = None
+) -> list[torch.Tensor]:
+    """Parameters after some steps; ``settings`` of None: DDP's own averaging. The exchange is appended to ``seen``."""
     with process_group():
         net = model()
         wrapped: nn.Module = DistributedDataParallel(net, bucket_cap_mb=bucket_mb)
         if settings is not None:
-            arc_topk.register(wrapped, **settings)
+            exchange = arc_topk.register(wrapped, **settings)
+            if seen is not None:
+                seen.append(exchange)
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
         for step in range(steps):
             optimizer.zero_grad()
@@ -102,6 +111,30 @@ def ddp(rank: int, settings: dict[str, Any] | None, steps: int, bucket_mb: float
             nn.utils.clip_grad_norm_(net.parameters(), 1.0)
             optimizer.step()
         return values(net)
+
+
+def ddp_by_itself(rank: int, settings: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The same with ``mode="auto"``, and which ways it went."""
+    seen: list[arc_topk.Exchange] = []
+    got = {"values": ddp(rank, settings, steps, seen=seen)}
+    summary = seen[0].summary
+    return got | {"through shards": summary.steps, "all-reduced": summary.all_reduced, "choice": summary.choice}
+
+
+def auto_unlike(rank: int) -> dict[str, str]:
+    """What workers are told that do not all choose their way, or that begin at different updates."""
+    told = {}
+    with process_group():
+        for what, mode, update in [("mode", "auto" if rank == 0 else "arc", 0), ("start", "auto", rank)]:
+            net = DistributedDataParallel(model())
+            state = {"step": 0, "update": update, "arrays": {}}
+            try:
+                arc_topk.register(net, state=state if update else None, mode=mode, feedback="none")
+            except (arc_topk.ConfigError, arc_topk.ArcError) as error:
+                told[what] = str(error)
+            arc_topk.shutdown()
+            dist.barrier()
+    return told
 
 
 def wrapper(rank: int, settings: dict[str, Any], steps: int, seeds_differ: bool = False) -> list[torch.Tensor]:
@@ -219,7 +252,7 @@ def overflow(rank: int, form: str) -> dict[str, Any]:
         scaler = torch.amp.grad_scaler.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
         if form != "wrapper":
             net_or_ddp: nn.Module = DistributedDataParallel(net)
-            exchange = arc_topk.register(net_or_ddp, scaler=scaler, local_group=machine_of(form), **SPARSE)
+            exchange = arc_topk.register(net_or_ddp, scaler=scaler, local_group=machine_of(form), **SPARSE, **mode_of(form))
         else:
             net_or_ddp = net
             optimizer = arc_topk.DistributedOptimizer(optimizer, net.named_parameters(), scaler=scaler, **SPARSE)

@@ -57,7 +57,7 @@ def _wrapped(net: nn.Module, form: str, settings: dict[str, Any], **more: Any) -
     optimizer: Any = torch.optim.SGD(net.parameters(), lr=0.05)
     if form != "wrapper":
         net_or_ddp = DistributedDataParallel(net, **more)
-        arc_topk.register(net_or_ddp, local_group=jobs.machine_of(form), **settings)
+        arc_topk.register(net_or_ddp, local_group=jobs.machine_of(form), **settings, **jobs.mode_of(form))
         return net_or_ddp, optimizer
     trainable = [(name, p) for name, p in net.named_parameters() if p.requires_grad]
     optimizer = torch.optim.SGD([p for _, p in trainable], lr=0.05)

@@ -10,6 +10,8 @@ import torch
 
 import arc_topk
 import jobs
+import practices
+from arc_topk import _auto_hook
 from arc_topk._auto import Auto, Way
 from test_training import close, same
 
@@ -118,11 +120,55 @@ def test_one_look_settles_what_is_clear_and_doubt_takes_turns():
     assert doubt.ways[7:27] == ([Way.GROUP] * 5 + [Way.SHARDS] * 5) * 2 and set(doubt.ways[27:]) == {Way.SHARDS}
 
 
+def test_looks_are_put_off_but_not_for_ever():
+    run = Run(times(1.1, 1.0), 0).steps(60_000)
+    assert run.ways[-20_000:].count(Way.GROUP) >= 10
+
+
 @pytest.mark.parametrize("settings", [jobs.LOSSLESS, jobs.DENSE], ids=["density 1", "dense"])
 def test_whichever_way_it_goes_it_does_what_gloo_does(shards, workers, settings):
-    ours = workers.run(shards(), 2, jobs.ddp, settings | {"mode": "auto"}, 40)
+    ours = workers.run(shards(), 2, jobs.ddp_by_itself, settings | {"mode": "auto"}, 40)
     gloo = workers.run(shards(1), 2, jobs.ddp, None, 40)
-    assert same(ours[0], ours[1]) and close(ours[0], gloo[0])
+    assert same(ours[0]["values"], ours[1]["values"]) and close(ours[0]["values"], gloo[0])
+    for worker in ours:
+        assert worker["through shards"] > 0 and worker["all-reduced"] > 0, "both ways were tried"
+        assert worker["choice"].split(":")[0] in ("arc", "all-reduce")
+
+
+def test_it_bears_what_ddp_bears(shards, workers):
+    """Unused parameters, gradients in bfloat16, a GradScaler's overflow, convolutions that lie channels last."""
+    got = workers.run(shards(), 2, practices.awkward, "auto", False, jobs.LOSSLESS)
+    dense = workers.run(shards(), 2, practices.awkward, "ddp", False, jobs.DENSE)
+    assert all(torch.equal(got[0][name], got[1][name]) for name in got[0])
+    assert all(torch.allclose(got[0][name], dense[0][name], rtol=1e-4, atol=2e-6) for name in got[0])
+    for function, *arguments in [(practices.narrow, "auto"), (practices.images, "auto", True), (jobs.overflow, "auto")]:
+        got = workers.run(shards(), 2, function, *arguments)
+        values = [worker["values"] if "values" in worker else list(worker.values()) for worker in got]
+        assert same(values[0], values[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_what_a_narrow_gradient_cannot_hold_stays_held_back(dtype):
+    gradient = torch.tensor([1.0, 1.0, -2.0]).to(dtype)
+    held = torch.tensor([0.5, 1e-4, 3e-3, 0.0])
+    left = _auto_hook._add(gradient, held.numpy().tobytes(), 8.0)
+    assert left is not None
+    kept = torch.frombuffer(bytearray(left), dtype=torch.float32)
+    # In units of the residual: what was added and what is left are what there was.
+    assert torch.allclose((gradient.float() - torch.tensor([1.0, 1.0, -2.0])) / 8.0 + kept[:3], held[:3], atol=1e-7)
+    assert kept[3] == 0.0 and gradient[0] == 5.0
+
+
+def test_what_would_overflow_stays_held_back():
+    gradient, held = torch.tensor([6e4, 1.0]).half(), torch.tensor([1.0, 1.0]).numpy().tobytes()
+    assert _auto_hook._add(gradient, held, 65536.0) == held
+    assert torch.equal(gradient, torch.tensor([6e4, 1.0]).half())
+
+
+def test_workers_that_differ_are_told_so(shards, workers):
+    told = workers.run(shards(), 2, jobs.auto_unlike)
+    assert all("mode=auto" in each["mode"] for each in told), told
+    assert all("one checkpoint" in each["start"] for each in told), told
 
 
 def test_what_was_not_sent_is_averaged_when_the_group_takes_over(shards, workers):
@@ -142,5 +188,7 @@ def test_auto_needs_a_process_group():
     weight = torch.nn.Parameter(torch.zeros(3, 3))
     with pytest.raises(arc_topk.ConfigError, match="DistributedDataParallel"):
         arc_topk.DistributedOptimizer(torch.optim.SGD([weight], lr=0.1), [("weight", weight)], mode="auto")
+    with pytest.raises(arc_topk.ConfigError, match="ef14"):
+        _auto_hook.check(arc_topk.Config(mode="auto", feedback="ef21"))
     with pytest.raises(arc_topk.ConfigError, match="arc or auto"):
         arc_topk.Config(mode="fast")

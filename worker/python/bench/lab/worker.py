@@ -30,6 +30,7 @@ WARM_UP = 4
 SAMPLED_EVERY = 0.02
 #: Steps after which one that chooses its way has noticed a change.
 CALM = 8
+MOST_TRIED = 200
 
 
 @dataclasses.dataclass
@@ -150,10 +151,12 @@ class Worker:
         """Steps over a link that has just been changed: some to settle, then at most so many as fit into the time, two at least."""
         last = [self.step() for _ in range(settle)][-1]
         # One that chooses its way must notice the change, and choose: all workers do so alike.
-        calm = 0
-        while self.exchange is not None and self.exchange.auto is not None and calm < CALM:
+        calm, auto = 0, None if self.exchange is None else self.exchange.auto
+        for _ in range(MOST_TRIED):
+            if auto is None or calm == CALM:
+                break
             last = self.step()
-            calm = calm + 1 if self.exchange.auto.settled else 0
+            calm = calm + 1 if auto.settled else 0
         wanted = torch.tensor([min(max(2, round(seconds / last)), most)])
         # All must do as many; and no worker is a step ahead when the first begins.
         dist.broadcast(wanted, 0)
