@@ -226,7 +226,7 @@ bench-loss: ## losses by compressor, feedback, optimizer, density and wire type 
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- $(ARGS)
 	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_long --steps 1400 \
 	  --validate-every 100 --rates 0.0005,0.001,0.002 --cells $(LONG_CELLS) $(ARGS)
-	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_energy --rates 0.001,0.002 --only $(ENERGY_CELLS) $(ARGS)
+	$(CARGO) run --locked -p arc-topk-worker --example loss_table -- --out runs/loss_energy --seeds 0 --rates 0.002 --only $(ENERGY_CELLS) $(ARGS)
 
 .PHONY: bench-compare
 bench-compare: python ## losses and bytes in PyTorch beside all-reduce, the bf16 hook and PowerSGD (an hour or two; goes on where it stopped)
