@@ -124,6 +124,8 @@ def ddp_by_itself(rank: int, settings: dict[str, Any], steps: int) -> dict[str, 
 def auto_unlike(rank: int) -> dict[str, str]:
     """What workers are told that do not all choose their way, or that begin at different updates."""
     told = {}
+    # The one that is not refused waits for another in its place.
+    arc_topk.init(join_timeout=3.0)
     with process_group():
         for what, mode, update in [("mode", "auto" if rank == 0 else "arc", 0), ("start", "auto", rank)]:
             net = DistributedDataParallel(model())
