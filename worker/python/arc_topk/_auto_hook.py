@@ -6,7 +6,6 @@ import time
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from ._auto import Auto, Way
@@ -40,9 +39,9 @@ class AutoHook(Hook):
         super().__init__(model, exchange, scaler)
         self._group = group
         # Times are numbers in main memory: a GPU would have to catch up before one could be told or read.
-        members = dist.get_process_group_ranks(group)
-        gloo = dist.get_backend(group) == "gloo"
-        self._words: Any = group if gloo else dist.new_group(members, backend="gloo", use_local_synchronization=True)
+        members = torch.distributed.get_process_group_ranks(group)
+        gloo = torch.distributed.get_backend(group) == "gloo"
+        self._words: Any = group if gloo else torch.distributed.new_group(members, backend="gloo", use_local_synchronization=True)
         self._check_start()
         schedule = exchange.config.warmup_updates + exchange.config.ramp_updates
         #: Decides.
@@ -62,8 +61,8 @@ class AutoHook(Hook):
     def _check_start(self) -> None:
         """All workers begin at the same update, else they would choose differently. Shards compare the step alone."""
         own = (self.exchange.step, self.exchange.update)
-        told: list[Any] = [None] * dist.get_world_size(self._words)
-        dist.all_gather_object(told, own, group=self._words)
+        told: list[Any] = [None] * torch.distributed.get_world_size(self._words)
+        torch.distributed.all_gather_object(told, own, group=self._words)
         starts = sorted(set(told))
         if len(starts) > 1:
             raise ConfigError(f"workers begin at different steps and updates, {starts}: resume all from one checkpoint")
@@ -83,7 +82,7 @@ class AutoHook(Hook):
         if self._began is not None:
             # It is asked for when the next step begins.
             seconds = torch.tensor([now - self._began], dtype=torch.float64)
-            self._telling = seconds, dist.all_reduce(seconds, group=self._words, async_op=True)
+            self._telling = seconds, torch.distributed.all_reduce(seconds, group=self._words, async_op=True)
         self._began = now
         if choice is not None:
             config = self.exchange.config
@@ -98,7 +97,7 @@ class AutoHook(Hook):
             return None
         seconds, work = self._telling
         work.wait()
-        return float(seconds) / dist.get_world_size(self._words)
+        return float(seconds) / torch.distributed.get_world_size(self._words)
 
     def _all_reduce(self, bucket: Any) -> Any:
         self._open = True
@@ -109,8 +108,8 @@ class AutoHook(Hook):
         if bucket.is_last():
             self._open = False
             self.exchange.passed()
-        buffer.div_(dist.get_world_size(self._group))
-        work = dist.all_reduce(buffer, group=self._group, async_op=True)
+        buffer.div_(torch.distributed.get_world_size(self._group))
+        work = torch.distributed.all_reduce(buffer, group=self._group, async_op=True)
         assert work is not None
 
         def averaged(future: Any) -> torch.Tensor:

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from ._native import ConfigError
 
@@ -42,20 +41,20 @@ class LocalGroup:
         """
         if isinstance(own, cls):
             return own
-        if not (dist.is_available() and dist.is_initialized()):
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             raise ConfigError("local_group needs a process group: call torch.distributed.init_process_group before")
-        told: list[Any] = [None] * dist.get_world_size()
+        told: list[Any] = [None] * torch.distributed.get_world_size()
         try:
             members = _members(own() if callable(own) else own)
         except Exception as error:  # noqa: BLE001 - the others wait for a word
             members = f"local_group: {type(error).__name__}: {error}"
-        dist.all_gather_object(told, members)
+        torch.distributed.all_gather_object(told, members)
         parts = partition(told)
-        rank = dist.get_rank()
+        rank = torch.distributed.get_rank()
         machine = next(at for at, part in enumerate(parts) if rank in part)
         lists = [list(part) for part in parts]
-        words, _ = dist.new_subgroups_by_enumeration(lists, backend="gloo")
-        values, _ = dist.new_subgroups_by_enumeration(lists)
+        words, _ = torch.distributed.new_subgroups_by_enumeration(lists, backend="gloo")
+        values, _ = torch.distributed.new_subgroups_by_enumeration(lists)
         return cls(parts[machine], machine, len(parts), words, values)
 
     @property
@@ -71,22 +70,22 @@ class LocalGroup:
     @property
     def leads(self) -> bool:
         """Whether this process does."""
-        return dist.get_rank() == self.leader
+        return torch.distributed.get_rank() == self.leader
 
     def gathered(self, word: Any) -> list[Any]:
         """What each process says, in the order of their ranks."""
         words: list[Any] = [None] * self.size
-        dist.all_gather_object(words, word, group=self._words)
+        torch.distributed.all_gather_object(words, word, group=self._words)
         return words
 
     def tell(self, word: Any) -> None:
         """The leader's call, where the others :meth:`hear`."""
-        dist.broadcast_object_list([word], src=self.leader, group=self._words)
+        torch.distributed.broadcast_object_list([word], src=self.leader, group=self._words)
 
     def hear(self) -> Any:
         """What the leader tells."""
         word: list[Any] = [None]
-        dist.broadcast_object_list(word, src=self.leader, group=self._words)
+        torch.distributed.broadcast_object_list(word, src=self.leader, group=self._words)
         return word[0]
 
     def reduce(self, values: torch.Tensor) -> Any:
@@ -94,13 +93,13 @@ class LocalGroup:
         # Before the sum, which may not fit a narrow type.
         values.div_(self.size)
         if values.device.type == "cpu":
-            return dist.reduce(values, self.leader, group=self._values, async_op=True)
+            return torch.distributed.reduce(values, self.leader, group=self._values, async_op=True)
         # Gloo reduces to a single process in main memory alone.
-        return dist.all_reduce(values, group=self._values, async_op=True)
+        return torch.distributed.all_reduce(values, group=self._values, async_op=True)
 
     def spread(self, tensors: Iterable[torch.Tensor]) -> None:
         """Brings what the leader has there to all, in place."""
-        works = [dist.broadcast(values, self.leader, group=self._values, async_op=True) for values in tensors]
+        works = [torch.distributed.broadcast(values, self.leader, group=self._values, async_op=True) for values in tensors]
         for work in works:
             work.wait()
 
@@ -111,11 +110,11 @@ def _members(own: Any) -> tuple[int, ...] | str:
         place = [os.environ.get(name, "") for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE")]
         if not all(word.isdecimal() for word in place):
             return f'local_group="node" needs LOCAL_RANK and LOCAL_WORLD_SIZE in the environment: start it by torchrun, {_BY_HAND}'
-        first = dist.get_rank() - int(place[0])
+        first = torch.distributed.get_rank() - int(place[0])
         return tuple(range(first, first + int(place[1])))
-    if not isinstance(own, dist.ProcessGroup):
+    if not isinstance(own, torch.distributed.ProcessGroup):
         return f'local_group is {own!r}: pass "node", {_BY_HAND}'
-    return tuple(sorted(dist.get_process_group_ranks(own)))
+    return tuple(sorted(torch.distributed.get_process_group_ranks(own)))
 
 
 def partition(told: Sequence[tuple[int, ...] | str]) -> list[tuple[int, ...]]:
