@@ -62,8 +62,6 @@ class Choice:
     """What was chosen, and why."""
 
     way: Way
-    #: Of a step, as all workers measured it on average, by way.
-    seconds: dict[Way, float]
     #: In one line.
     reason: str
 
@@ -167,7 +165,7 @@ class Auto:
         self._look_after = max(self._patience, round(looking / mine / _CURIOSITY))
         self._since, self._followed = 0, False
         self._recent.clear()
-        self.choice = Choice(self.way, dict(self._known), reason)
+        self.choice = Choice(self.way, reason)
         return self.choice
 
     def _watch(self, seconds: float) -> None:

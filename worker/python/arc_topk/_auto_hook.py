@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from ._auto import Auto, Way
-from ._exchange import Exchange, logger
+from ._buckets import gradients_of
+from ._exchange import Exchange, logger, to_bytes, to_tensor
 from ._native import ConfigError
 from ._tensors import flat, is_dense
 from .config import Config
@@ -122,10 +123,9 @@ class AutoHook(Hook):
 
     def _add_residuals(self, bucket: Any) -> None:
         scale = 1.0 if self._scaler is None else float(self._scaler.get_scale())
-        for parameter, gradient in zip(bucket.parameters(), bucket.gradients(), strict=True):
-            index = self.exchange.index.get(id(parameter))
+        for index, gradient in gradients_of(bucket, self.exchange, self._names):
             # DDP throws away what comes of a parameter that no worker used. Each worker can keep its own.
-            if index is None or not gradient.any():
+            if not gradient.any():
                 continue
             held = self.exchange.session.swap_residual(index, b"")
             if held:
@@ -146,7 +146,7 @@ class AutoHook(Hook):
 
 def _add(gradient: torch.Tensor, held: bytes, scale: float) -> bytes | None:
     """Adds what was held back, times the scale, to the gradient. What its type cannot hold of it, if any."""
-    values = torch.frombuffer(bytearray(held), dtype=torch.float32)[: gradient.numel()]
+    values = to_tensor(held)[: gradient.numel()]
     # In the order in which its elements lie, as they were pushed.
     residual = torch.empty_like(gradient, dtype=torch.float32, device="cpu")
     if is_dense(residual):
@@ -167,4 +167,4 @@ def _add(gradient: torch.Tensor, held: bytes, scale: float) -> bytes | None:
     # With the zeros that fill up the last row.
     left = torch.zeros(len(held) // 4)
     left[: lost.numel()] = (flat(lost) if is_dense(lost) else lost.reshape(-1)).cpu()
-    return left.numpy().tobytes()
+    return to_bytes(left)

@@ -268,13 +268,13 @@ class Exchange:
         """Step and feedback state of this rank, for ``state=`` of the next start."""
         self.before_export()
         step, update, arrays = self.session.export_state()
-        tensors = {name: _to_tensor(values) for name, values in arrays}
+        tensors = {name: to_tensor(values) for name, values in arrays}
         return {"step": step, "update": update, "arrays": tensors}
 
     def load(self, state: Mapping[str, Any]) -> None:
         """Goes on from what :meth:`state_dict` gave. Before the first step only."""
         check_state(state)
-        arrays = [(name, _to_bytes(values)) for name, values in state["arrays"].items()]
+        arrays = [(name, to_bytes(values)) for name, values in state["arrays"].items()]
         self.session.import_state(state["step"], state["update"], arrays)
 
     def report(self, loss: float | torch.Tensor) -> None:
@@ -351,12 +351,14 @@ def check_state(state: Mapping[str, Any]) -> None:
         )
 
 
-def _to_bytes(values: torch.Tensor) -> bytes:
+def to_bytes(values: torch.Tensor) -> bytes:
+    """Little-endian f32, as the native half takes it."""
     values = values.detach().to("cpu", torch.float32).contiguous()
     return ctypes.string_at(values.data_ptr(), values.numel() * 4) if values.numel() else b""
 
 
-def _to_tensor(values: bytes) -> torch.Tensor:
+def to_tensor(values: bytes) -> torch.Tensor:
+    """What the native half gives as little-endian f32."""
     if not values:
         return torch.empty(0)
     return torch.frombuffer(bytearray(values), dtype=torch.float32)

@@ -181,7 +181,7 @@ class Scripted:
         if self.left != -1:
             return None
         self.way = Way.GROUP
-        return Choice(self.way, {}, "because the script says so")
+        return Choice(self.way, "because the script says so")
 
 
 def both_ways(rank: int, steps: int) -> dict[str, Any]:
